@@ -1,0 +1,30 @@
+// temporal_shift: which frame each channel group reads. Shared by the CPU and CUDA kernels.
+#pragma once
+
+#include <string>
+
+#include "../common.h"
+
+namespace tempops {
+
+// Channels [0, fold) read frame t + first, [fold, 2*fold) read t + second, the rest read t.
+struct Shift {
+  int64_t fold, first, second;
+
+  // The transpose: what the gradient goes through.
+  Shift transposed() const {
+    return {fold, -first, -second};
+  }
+};
+
+inline Shift shift_of(int64_t C, int64_t fold_div, const std::string& mode) {
+  const bool bidirectional = mode == "bidirectional", reversed = mode == "reversed", causal = mode == "causal";
+  TEMPOPS_CHECK(bidirectional || reversed || causal, "mode must be 'bidirectional', 'reversed' or 'causal', got '",
+                mode, "'");
+  const int64_t least = causal ? 1 : 2;
+  TEMPOPS_CHECK(fold_div >= least, "fold_div must be at least ", least, " for mode='", mode, "', got ", fold_div);
+  if (causal) return {C / fold_div, -1, 0};
+  return {C / fold_div, bidirectional ? 1 : -1, bidirectional ? -1 : 1};
+}
+
+}  // namespace tempops
