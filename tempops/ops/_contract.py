@@ -239,6 +239,11 @@ def register_inplace(name: str, *, check: Callable) -> None:
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library
 
 
+def needs(ctx, count: int) -> tuple[bool, ...]:
+    """Which of an entry's `count` arguments need a gradient; the dispatcher leaves out trailing defaults."""
+    return (*ctx.needs_input_grad, *[False] * (count - len(ctx.needs_input_grad)))
+
+
 def _checked(entry: str, fake: Callable, check: Callable | None) -> Callable:
     namespace, name = entry.split("::")
     defaults = [a.default_value for a in getattr(getattr(torch.ops, namespace), name).default._schema.arguments]
