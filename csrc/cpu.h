@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <new>
 #include <type_traits>
 
 #include "common.h"
@@ -22,6 +23,21 @@ void parallel(int64_t n, int64_t work, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { run(body, begin, end); });
 }
+
+// A thread's scratch, aligned to a cache line: a vector load that straddles two lines costs twice.
+template <class T>
+struct CacheAligned {
+  using value_type = T;
+  T* allocate(std::size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)));
+  }
+  void deallocate(T* pointer, std::size_t) {
+    ::operator delete(pointer, std::align_val_t(64));
+  }
+  bool operator==(const CacheAligned&) const = default;
+};
+template <class T>
+using Scratch = std::vector<T, CacheAligned<T>>;
 
 // The type in which a dtype is added up: float64 for float64, else float32.
 template <class scalar>

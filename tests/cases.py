@@ -4,7 +4,7 @@ The tests run every property over every case, the benchmarks time every case: a 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Case:
     least_frames: int = 1
     ranks: tuple[int, ...] = (4, 5)
     least_channels: int = 1
-    benchmark: bool = field(default=True)
+    benchmark: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -47,5 +47,12 @@ CASES = [
     Case("temporal_shift-reversed", lambda x, t: tempops.temporal_shift(x, t, 4, "reversed"), moves=True, linear=True,
          benchmark=False),
     Case("temporal_shift-causal", lambda x, t: tempops.temporal_shift(x, t, 8, "causal"), moves=True, linear=True,
+         benchmark=False),
+    Case("temporal_conv", lambda x, t, w: tempops.temporal_conv(x, w, t), lambda s, make: (make(s.C, 3),)),
+    Case("temporal_conv-gate", lambda x, t, w, g: tempops.temporal_conv(x, w, t, g),
+         lambda s, make: (make(s.C, 3), make(s.N * s.T, s.C))),
+    Case("temporal_conv-clip", lambda x, t, w, g: tempops.temporal_conv(x, w, t, g),
+         lambda s, make: (make(s.N, s.C, 5), make(s.N * s.T, s.C)), benchmark=False),
+    Case("temporal_conv-long", lambda x, t, w: tempops.temporal_conv(x, w, t), lambda s, make: (make(1, 7),),
          benchmark=False),
 ]

@@ -1,16 +1,13 @@
 // temporal_conv on the CPU: y[t] = sum_k w_k * gate[t+k-R] * x[t+k-R], R = K/2.
 //
-// Weight and gate meet in one coefficient per tap, so a frame of y is a short linear combination of frames of x. The
-// gradient to x is the same combination of frames of dy with the taps reversed; those to weight and gate both come from
-// the products D[t, k] = sum_p x[t, p] * dy[t+R-k, p]: dweight_k = sum_t gate[t] * D[t, k], dgate[t] = sum_k w_k * D[t, k].
-#include "../cpu.h"
+// A tile of a frame is walked through the clip with a window of K frames, the coefficients of its channels laid out
+// beside it, so that every loop is a plain run over elements in either layout. The gradient to x is the same
+// combination of frames of dy with the taps reversed and the gate at the end; the gradients to weight and gate come from
+// the products x[t] * dy[t+R-k] of the same window.
+#include "../tile.h"
 
 namespace tempops {
 namespace {
-
-constexpr int kUnrolled = 5;           // taps combined in one loop
-constexpr int64_t kRun = 512;          // elements of a row that longer kernels add up at a time
-constexpr int64_t kPlaneBlock = 4096;  // pixels of a plane in one go: K + 1 such rows stay in the second-level cache
 
 // weight [G, K] or [N, C, K] and gate [N*T, C], null for none.
 template <class scalar>
@@ -21,262 +18,248 @@ struct Coefficients {
   const scalar* kernel(int64_t n, int64_t c) const {
     return weight + (n * per_clip + c / group) * K;
   }
-  acc_t<scalar> gate_at(int64_t n, int64_t t, int64_t c) const {
-    return gate ? load(gate[(n * T + t) * C + c]) : acc_t<scalar>(1);
+  const scalar* gates(int64_t n, int64_t t) const {
+    return gate + (n * T + t) * C;
   }
 };
 
-// The frames inside the clip that tap into frame t, as a range [begin, end) of taps j reading frame t + j - R.
-struct Taps {
-  int64_t begin, end;
-};
-inline Taps taps_at(int64_t t, int64_t T, int64_t K) {
-  const int64_t R = K / 2;
-  return {std::max<int64_t>(0, R - t), std::min<int64_t>(K, T - t + R)};
-}
-
-// y[i] = sum_m a[m] * x[m][i] for M frames; a[m] is one number for the whole row (planar), or one for each element.
-template <int M, bool per_element, class scalar>
-TEMPOPS_INLINE inline void combine(scalar* __restrict y, const scalar* const* x, const acc_t<scalar>* const* a,
-                                   int64_t count) {
-  using acc = acc_t<scalar>;
-  std::array<const scalar*, M> in;
-  std::array<const acc*, M> by;
-  for (int m = 0; m < M; ++m) in[m] = x[m], by[m] = a[m];
-  const auto at = [&](int m, int64_t i) TEMPOPS_INLINE {
-    return load(in[m][i]) * by[m][per_element ? i : 0];
+// out[i] (+)= sum_m a[m][i] * x[m][i] for M frames; where the tile is of one channel, a[m][0] stands for all.
+template <int M, bool one_channel, class acc>
+TEMPOPS_INLINE inline void combine(acc* out, const acc* const* x, const acc* const* a, int64_t count, bool add) {
+  const acc *x0 = x[0], *x1 = x[M > 1], *x2 = x[M > 2 ? 2 : 0], *a0 = a[0], *a1 = a[M > 1], *a2 = a[M > 2 ? 2 : 0];
+  const auto at = [=](int64_t i) TEMPOPS_INLINE {
+    acc sum = a0[one_channel ? 0 : i] * x0[i];
+    if constexpr (M > 1) sum += a1[one_channel ? 0 : i] * x1[i];
+    if constexpr (M > 2) sum += a2[one_channel ? 0 : i] * x2[i];
+    return sum;
   };
+  if (add)
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) out[i] += at(i);
+  else
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) out[i] = at(i);
+}
+
+// The same, and sums[m][i] += here[i] * x[m][i].
+template <int M, bool one_channel, class acc>
+TEMPOPS_INLINE inline void combine_and_sum(acc* out, acc* const* sums, const acc* here, const acc* const* x,
+                                           const acc* const* a, int64_t count, bool add) {
+  const acc *x0 = x[0], *x1 = x[M > 1], *x2 = x[M > 2 ? 2 : 0], *a0 = a[0], *a1 = a[M > 1], *a2 = a[M > 2 ? 2 : 0];
+  acc *s0 = sums[0], *s1 = sums[M > 1], *s2 = sums[M > 2 ? 2 : 0];
   _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) {
-    acc sum = at(0, i);
-    if constexpr (M > 1) sum += at(1, i);
-    if constexpr (M > 2) sum += at(2, i);
-    if constexpr (M > 3) sum += at(3, i);
-    if constexpr (M > 4) sum += at(4, i);
-    y[i] = store<scalar>(sum);
-  }
-}
-
-// Any number of frames, in runs that are added up in the accumulation type.
-template <bool per_element, class scalar>
-TEMPOPS_INLINE inline void combine(scalar* __restrict y, const scalar* const* x, const acc_t<scalar>* const* a,
-                                   int64_t M, int64_t count) {
-  using acc = acc_t<scalar>;
-  switch (M) {
-    case 1: return combine<1, per_element>(y, x, a, count);
-    case 2: return combine<2, per_element>(y, x, a, count);
-    case 3: return combine<3, per_element>(y, x, a, count);
-    case 4: return combine<4, per_element>(y, x, a, count);
-    case 5: return combine<5, per_element>(y, x, a, count);
-  }
-  acc sum[kRun];
-  for (int64_t i0 = 0; i0 < count; i0 += kRun) {
-    const int64_t run = std::min(kRun, count - i0);
-    std::fill_n(sum, run, acc(0));
-    for (int64_t m = 0; m < M; ++m) {
-      const acc* by = a[m] + (per_element ? i0 : 0);
-      const scalar* in = x[m] + i0;
-      _Pragma("omp simd") for (int64_t i = 0; i < run; ++i) sum[i] += load(in[i]) * by[per_element ? i : 0];
+    const acc h = here[i], v0 = x0[i];
+    acc sum = a0[one_channel ? 0 : i] * v0;
+    s0[i] += h * v0;
+    if constexpr (M > 1) {
+      const acc v1 = x1[i];
+      sum += a1[one_channel ? 0 : i] * v1;
+      s1[i] += h * v1;
     }
-    _Pragma("omp simd") for (int64_t i = 0; i < run; ++i) y[i0 + i] = store<scalar>(sum[i]);
+    if constexpr (M > 2) {
+      const acc v2 = x2[i];
+      sum += a2[one_channel ? 0 : i] * v2;
+      s2[i] += h * v2;
+    }
+    out[i] = add ? out[i] + sum : sum;
   }
 }
 
-// The frames that one frame taps and the coefficients it takes them with, for channels [first, first + channels).
-// The gate belongs to the frame of x in either direction. Taps are reversed where the convolution is `transposed`.
+// The frames around frame t that lie in the clip, as runs of a tile's elements in the accumulation type, beside the
+// coefficients that frame t takes them with. Taps are reversed for the transposed convolution.
 template <class scalar>
-struct TapTable {
+struct Window {
   using acc = acc_t<scalar>;
+  static constexpr int kTaps = 3;  // combined in one loop
+
   const Coefficients<scalar>& w;
   const bool transposed;
-  int64_t count = 0;  // taps inside the clip
-  std::vector<const scalar*> frames;
-  std::vector<const acc*> coefficients;
-  std::vector<acc> kernels, gated;  // [K, channels]
-  int64_t channels = 0, first = 0, n = -1;
+  const int64_t size;
+  Tile tile{};
+  int64_t n = -1, first = 0, count = 0;  // taps [first, first + count) read frames inside the clip
+  Scratch<acc> kernels, frames, gates, of_channel;
+  std::vector<const acc*> x, a;  // by tap
 
-  TapTable(const Coefficients<scalar>& w_, bool transposed_, int64_t most_channels)
-      : w(w_), transposed(transposed_), frames(w_.K), coefficients(w_.K), kernels(w_.K * most_channels),
-        gated(w_.gate ? w_.K * most_channels : 0) {}
+  Window(const Coefficients<scalar>& w_, bool transposed_, int64_t size_)
+      : w(w_), transposed(transposed_), size(size_), kernels(w.K * size), frames(w.K * size), gates(w.gate ? size : 0),
+        of_channel(size), x(w.K), a(w.K) {}
 
-  void select(int64_t n_, int64_t first_, int64_t channels_) {
-    if (first == first_ && channels == channels_ && (n == n_ || (n >= 0 && !w.per_clip))) {
-      n = n_;
-      return;
-    }
-    n = n_, first = first_, channels = channels_;
-    for (int64_t c = 0; c < channels; ++c) {
-      const scalar* kernel = w.kernel(n, first + c);
-      for (int64_t j = 0; j < w.K; ++j) kernels[j * channels + c] = load(kernel[transposed ? w.K - 1 - j : j]);
+  // Lays the coefficients of the tile's channels out, unless they already are.
+  TEMPOPS_INLINE void select(const Tile& next, int64_t clip) {
+    const bool same = tile.size() == next.size() && tile.c == next.c && tile.length == next.length &&
+                      (next.channels_last || tile.rows == next.rows) && n >= 0 && (n == clip || !w.per_clip);
+    tile = next;
+    n = clip;
+    if (same) return;
+    for (int64_t j = 0; j < w.K; ++j) {
+      for (int64_t c = 0; c < tile.channels(); ++c)
+        of_channel[c] = load(w.kernel(n, tile.c + c)[transposed ? w.K - 1 - j : j]);
+      tile.expand(&kernels[j * size], of_channel.data());
     }
   }
 
-  // Frame t's taps: `source` gives the address of a frame.
-  template <class Source>
-  TEMPOPS_INLINE void at(int64_t t, const Source& source) {
-    const Taps taps = taps_at(t, w.T, w.K);
-    count = taps.end - taps.begin;
-    for (int64_t j = taps.begin, m = 0; j < taps.end; ++j, ++m) {
-      const int64_t from = t + j - w.K / 2;
-      frames[m] = source(from);
-      coefficients[m] = &kernels[j * channels];
-      if (!w.gate) continue;
-      const scalar* gate = w.gate + (n * w.T + (transposed ? t : from)) * w.C + first;
-      acc* product = &gated[m * channels];
-      for (int64_t c = 0; c < channels; ++c) product[c] = coefficients[m][c] * load(gate[c]);
-      coefficients[m] = product;
+  // The gate of frame t, element by element; null without a gate.
+  TEMPOPS_INLINE const acc* gate(int64_t t) {
+    if (!w.gate) return nullptr;
+    for (int64_t c = 0; c < tile.channels(); ++c) of_channel[c] = load(w.gates(n, t)[tile.c + c]);
+    tile.expand(gates.data(), of_channel.data());
+    return gates.data();
+  }
+
+  // Moves to frame t. Frames are visited in order from 0, so each is read once.
+  TEMPOPS_INLINE void move(const Clip& from, int64_t t) {
+    const int64_t K = w.K, R = K / 2;
+    first = std::max<int64_t>(0, R - t);
+    count = std::min<int64_t>(K, from.T - t + R) - first;
+    const bool gated = w.gate && !transposed;
+    const bool as_is = std::is_same_v<scalar, acc> && !gated && tile.flat(from);
+    if (!as_is)
+      for (int64_t s = t == 0 ? 0 : t + R; s <= std::min(t + R, from.T - 1); ++s)
+        tile.read(&frames[s % K * size], tile.at<scalar>(from, n, s), tile.pitch(from), gated ? gate(s) : nullptr);
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t s = t + first + m - R;
+      x[m] = as_is ? reinterpret_cast<const acc*>(tile.at<scalar>(from, n, s)) : &frames[s % K * size];
+      a[m] = &kernels[(first + m) * size];
     }
+  }
+
+  // Calls f with the number of taps as a constant, and whether the tile is of one channel.
+  template <class F>
+  TEMPOPS_INLINE void each_taps(const F& f) const {
+    const bool one_channel = tile.channels() == 1;
+    for (int64_t m = 0; m < count; m += kTaps) {
+      const auto taps = [&]<int M>(std::integral_constant<int, M>) TEMPOPS_INLINE {
+        if (one_channel)
+          f.template operator()<M, true>(m);
+        else
+          f.template operator()<M, false>(m);
+      };
+      switch (count - m) {
+        case 1: taps(std::integral_constant<int, 1>()); break;
+        case 2: taps(std::integral_constant<int, 2>()); break;
+        default: taps(std::integral_constant<int, 3>());
+      }
+    }
+  }
+
+  TEMPOPS_INLINE void combine_into(acc* out) const {
+    each_taps([&]<int M, bool one_channel>(int64_t m) TEMPOPS_INLINE {
+      combine<M, one_channel>(out, &x[m], &a[m], tile.size(), m > 0);
+    });
+  }
+
+  // sums holds one run a tap; tap j of the transposed convolution is tap K-1-j of the kernel.
+  TEMPOPS_INLINE void combine_into(acc* out, Scratch<acc>& sums, const acc* here) const {
+    each_taps([&]<int M, bool one_channel>(int64_t m) TEMPOPS_INLINE {
+      acc* into[M];
+      for (int64_t i = 0; i < M; ++i) into[i] = &sums[(w.K - 1 - first - m - i) * size];
+      combine_and_sum<M, one_channel>(out, into, here, &x[m], &a[m], tile.size(), m > 0);
+    });
   }
 };
 
+// Where a run of results can be written straight into a frame.
 template <class scalar>
-void conv_planar(const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool transposed) {
-  parallel(x.N * x.C, x.T * x.P, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    TapTable<scalar> taps(w, transposed, 1);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / x.C, c = i % x.C;
-      taps.select(n, c, 1);
-      for (int64_t p = 0; p < x.P; p += kPlaneBlock) {
-        for (int64_t t = 0; t < x.T; ++t) {
-          taps.at(t, [&](int64_t from) { return x.frame<scalar>(n, from) + c * x.sc + p; });
-          combine<false>(y.frame<scalar>(n, t) + c * y.sc + p, taps.frames.data(), taps.coefficients.data(), taps.count,
-                         std::min(kPlaneBlock, x.P - p));
-        }
-      }
-    }
-  });
-}
-
-template <class scalar>
-void conv_channels_last(const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool transposed) {
-  // Pixels walked through the clip at a time: their rows of K + 1 frames stay in the first-level cache.
-  const int64_t block = std::max<int64_t>(8, 32768 / (x.C * (w.K + 1) * static_cast<int64_t>(sizeof(scalar))));
-  const int64_t blocks = (x.P + block - 1) / block;
-  parallel(x.N * blocks, x.T * block * x.C, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    TapTable<scalar> taps(w, transposed, x.C);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / blocks, p0 = i % blocks * block, p1 = std::min(x.P, p0 + block);
-      taps.select(n, 0, x.C);
-      for (int64_t t = 0; t < x.T; ++t) {
-        taps.at(t, [&](int64_t from) { return x.frame<scalar>(n, from) + p0 * x.sp; });
-        for (int64_t p = p0; p < p1; ++p) {
-          combine<true>(y.frame<scalar>(n, t) + p * y.sp, taps.frames.data(), taps.coefficients.data(), taps.count, x.C);
-          for (int64_t m = 0; m < taps.count; ++m) taps.frames[m] += x.sp;
-        }
-      }
-    }
-  });
+TEMPOPS_INLINE inline acc_t<scalar>* direct(const Tile& tile, const Clip& y, int64_t n, int64_t t) {
+  if constexpr (std::is_same_v<scalar, acc_t<scalar>>)
+    if (tile.flat(y)) return tile.at<scalar>(y, n, t);
+  return nullptr;
 }
 
 template <class scalar>
 void conv(const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool transposed) {
-  x.channels_last ? conv_channels_last(y, x, w, transposed) : conv_planar(y, x, w, transposed);
-}
-
-// sum_i x[i] * dy[i]. Memory is slower than these conversions, and a sum over a clip wants the digits.
-template <class scalar>
-TEMPOPS_INLINE inline double dot(const scalar* x, const scalar* dy, int64_t count) {
-  double sum = 0;
-  _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; ++i)
-    sum += static_cast<double>(load(x[i])) * load(dy[i]);
-  return sum;
-}
-
-// The same for each of `channels` adjacent channels, over pixels: sums[c] += sum_p x[p][c] * dy[p][c].
-template <class scalar>
-TEMPOPS_INLINE inline void dots(double* __restrict sums, const scalar* x, int64_t x_step, const scalar* dy,
-                                int64_t dy_step, int64_t pixels, int64_t channels) {
-  for (int64_t p = 0; p < pixels; ++p, x += x_step, dy += dy_step)
-    _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<double>(load(x[c])) * load(dy[c]);
-}
-
-// Where the products D[t, k] go: one channel's sums over frames and clips, and the gate's gradient at once.
-template <class scalar>
-struct Gradients {
-  double* dweight;  // [C, K], or [N, C, K] where each clip has its own kernels
-  scalar* dgate;    // [N*T, C] or null
-  Coefficients<scalar> w;
-
-  void add(int64_t n, int64_t t, int64_t c, const double* d, int64_t step) const {
-    const double gate = w.gate_at(n, t, c);
-    double sum = 0;
-    for (int64_t k = 0; k < w.K; ++k) {
-      const int64_t clip = w.per_clip ? n : 0;
-      dweight[(clip * w.C + c) * w.K + k] += gate * d[k * step];
-      sum += load(w.kernel(n, c)[k]) * d[k * step];
+  const Tiling tiling(x, x.C);
+  const int64_t tiles = tiling.channel_blocks * tiling.pixel_blocks;
+  parallel(x.N * tiles, x.T * tiling.size(), [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    Window<scalar> window(w, transposed, tiling.size());
+    Scratch<acc_t<scalar>> buffer(tiling.size());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / tiles;
+      const Tile tile = tiling.tile(i % tiles / tiling.pixel_blocks, i % tiles % tiling.pixel_blocks);
+      window.select(tile, n);
+      for (int64_t t = 0; t < x.T; ++t) {
+        window.move(x, t);
+        const auto* gate = transposed ? window.gate(t) : nullptr;
+        auto* out = gate ? nullptr : direct<scalar>(tile, y, n, t);
+        window.combine_into(out ? out : buffer.data());
+        if (!out) tile.write(tile.at<scalar>(y, n, t), tile.pitch(y), buffer.data(), gate);
+      }
     }
-    if (dgate) dgate[(n * w.T + t) * w.C + c] = store<scalar>(static_cast<acc_t<scalar>>(sum));
-  }
+  });
+}
+
+// Sums of the gradients to weight and gate: [parts, N or 1, C, K] and [parts, N*T, C]. Each part has its own pixels, so
+// that the order of the sums is fixed however many threads there are.
+struct Sums {
+  int64_t parts;
+  std::vector<double> weight, gate;
 };
 
-// One channel is one thread's, over all clips, so that its sums have one order. dx (null if not wanted) is made on the
-// way, while the frames are in the cache.
 template <class scalar>
-void backward_planar(const Clip* dx, const Clip& dy, const Clip& x, const Gradients<scalar>& grads) {
-  const Coefficients<scalar> w = grads.w;
+Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<scalar>& w, bool need_gate) {
+  using acc = acc_t<scalar>;
+  const Tiling tiling(x, x.channels_last ? 256 / sizeof(scalar) : x.C);
+  const int64_t parts = x.channels_last ? std::clamp<int64_t>(16 / tiling.channel_blocks, 1, tiling.pixel_blocks) : 1;
+  const int64_t weights = (w.per_clip ? x.N : 1) * x.C * w.K, gates = need_gate ? x.N * x.T * x.C : 0;
+  Sums sums{parts, std::vector<double>(parts * weights), std::vector<double>(parts * gates)};
+  double *dweight = sums.weight.data(), *dgate = sums.gate.data();
   const bool with_dx = dx != nullptr;
   const Clip dx_ = with_dx ? *dx : x;
-  parallel(x.C, x.N * x.T * x.P, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    TapTable<scalar> taps(w, true, 1);
-    std::vector<double> d(x.T * w.K);
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t n = 0; n < x.N; ++n) {
-        taps.select(n, c, 1);
-        std::fill(d.begin(), d.end(), 0.0);
-        for (int64_t p = 0; p < x.P; p += kPlaneBlock) {
-          const int64_t count = std::min(kPlaneBlock, x.P - p);
-          for (int64_t t = 0; t < x.T; ++t) {
-            taps.at(t, [&](int64_t from) { return dy.frame<scalar>(n, from) + c * dy.sc + p; });
-            if (with_dx)
-              combine<false>(dx_.frame<scalar>(n, t) + c * dx_.sc + p, taps.frames.data(), taps.coefficients.data(),
-                             taps.count, count);
-            double* products = &d[t * w.K + w.K - 1 - taps_at(t, x.T, w.K).begin];
-            for (int64_t m = 0; m < taps.count; ++m)
-              products[-m] += dot(x.frame<scalar>(n, t) + c * x.sc + p, taps.frames[m], count);
-          }
-        }
-        for (int64_t t = 0; t < x.T; ++t) grads.add(n, t, c, &d[t * w.K], 1);
-      }
-    }
-  });
-}
-
-template <class scalar>
-void backward_channels_last(const Clip* dx, const Clip& dy, const Clip& x, const Gradients<scalar>& grads) {
-  const Coefficients<scalar> w = grads.w;
-  const bool with_dx = dx != nullptr;
-  const Clip dx_ = with_dx ? *dx : x;
-  constexpr int64_t kChannels = 128 / sizeof(scalar);  // two cache lines of a pixel
-  constexpr int64_t kPixels = 64;
-  const int64_t blocks = (x.C + kChannels - 1) / kChannels;
-  parallel(blocks, x.N * x.T * x.P * kChannels, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    TapTable<scalar> taps(w, true, kChannels);
-    std::vector<double> d(x.T * w.K * kChannels);
+  parallel(tiling.channel_blocks * parts, x.N * x.T * x.P * tiling.channels, [=](int64_t begin, int64_t end)
+                                                                                 TEMPOPS_INLINE {
+    const int64_t size = tiling.size();
+    Window<scalar> window(w, true, size);
+    Scratch<acc> products(w.K * size), s(size), here(size), gated(size);
+    std::vector<double> of_channel(tiling.channels);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t c0 = i * kChannels, channels = std::min(kChannels, x.C - c0);
+      const int64_t block = i / parts, part = i % parts;
       for (int64_t n = 0; n < x.N; ++n) {
-        taps.select(n, c0, channels);
-        std::fill(d.begin(), d.end(), 0.0);
-        for (int64_t p0 = 0; p0 < x.P; p0 += kPixels) {
-          const int64_t pixels = std::min(kPixels, x.P - p0);
+        for (int64_t q = tiling.pixel_blocks * part / parts; q < tiling.pixel_blocks * (part + 1) / parts; ++q) {
+          const Tile tile = tiling.tile(block, q);
+          window.select(tile, n);
+          std::fill(products.begin(), products.end(), acc(0));
           for (int64_t t = 0; t < x.T; ++t) {
-            taps.at(t, [&](int64_t from) { return dy.frame<scalar>(n, from) + p0 * dy.sp + c0; });
-            double* products = &d[(t * w.K + w.K - 1 - taps_at(t, x.T, w.K).begin) * kChannels];
-            for (int64_t m = 0; m < taps.count; ++m)
-              dots(products - m * kChannels, x.frame<scalar>(n, t) + p0 * x.sp + c0, x.sp, taps.frames[m], dy.sp,
-                   pixels, channels);
-            if (!with_dx) continue;
-            for (int64_t p = p0; p < p0 + pixels; ++p) {
-              combine<true>(dx_.frame<scalar>(n, t) + p * dx_.sp + c0, taps.frames.data(), taps.coefficients.data(),
-                            taps.count, channels);
-              for (int64_t m = 0; m < taps.count; ++m) taps.frames[m] += dy.sp;
+            window.move(dy, t);
+            const acc* gate = window.gate(t);
+            const acc* xt = direct<scalar>(tile, x, n, t);
+            if (!xt) {
+              tile.read(here.data(), tile.at<scalar>(x, n, t), tile.pitch(x), static_cast<const acc*>(nullptr));
+              xt = here.data();
+            }
+            if (gate)
+              _Pragma("omp simd") for (int64_t e = 0; e < tile.size(); ++e) gated[e] = xt[e] * gate[e];
+            acc* out = gate || !with_dx ? nullptr : direct<scalar>(tile, dx_, n, t);
+            window.combine_into(out ? out : s.data(), products, gate ? gated.data() : xt);
+            if (with_dx && !out) tile.write(tile.at<scalar>(dx_, n, t), tile.pitch(dx_), s.data(), gate);
+            if (need_gate) {
+              _Pragma("omp simd") for (int64_t e = 0; e < tile.size(); ++e) s[e] *= xt[e];
+              tile.add_channels(dgate + part * gates + (n * x.T + t) * x.C + tile.c, s.data());
             }
           }
+          for (int64_t k = 0; k < w.K; ++k) {
+            std::fill_n(of_channel.begin(), tile.channels(), 0.0);
+            tile.add_channels(of_channel.data(), &products[k * size]);
+            double* into = dweight + part * weights + ((w.per_clip ? n * x.C : 0) + tile.c) * w.K + k;
+            for (int64_t c = 0; c < tile.channels(); ++c) into[c * w.K] += of_channel[c];
+          }
         }
-        for (int64_t t = 0; t < x.T; ++t)
-          for (int64_t c = 0; c < channels; ++c) grads.add(n, t, c0 + c, &d[t * w.K * kChannels + c], kChannels);
       }
     }
   });
+  return sums;
+}
+
+// out[i, k] = the sum over parts and over the `group` channels that share kernel i. [.., K] is the last dimension.
+template <class scalar>
+void reduce(const Tensor& out, const std::vector<double>& sums, int64_t parts, int64_t group, int64_t K) {
+  scalar* to = static_cast<scalar*>(out.data_ptr());
+  const int64_t each = static_cast<int64_t>(sums.size()) / parts;
+  for (int64_t i = 0; i < each / (group * K); ++i) {
+    for (int64_t k = 0; k < K; ++k) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t c = 0; c < group; ++c) sum += sums[part * each + (i * group + c) * K + k];
+      to[i * K + k] = store<scalar>(static_cast<acc_t<scalar>>(sum));
+    }
+  }
 }
 
 struct Arguments {
@@ -327,17 +310,6 @@ Tensor temporal_conv(const Tensor& x_, const Tensor& weight, Segments n_segment,
   return y.tensor;
 }
 
-template <class scalar>
-void sum_groups(const Tensor& dweight, const std::vector<double>& sums, int64_t group) {
-  scalar* out = static_cast<scalar*>(dweight.data_ptr());
-  const int64_t K = dweight.size(dweight.dim() - 1);
-  for (int64_t i = 0; i < dweight.numel(); ++i) {
-    double sum = 0;
-    for (int64_t c = 0; c < group; ++c) sum += sums[(i / K * group + c) * K + i % K];
-    out[i] = store<scalar>(static_cast<acc_t<scalar>>(sum));
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_backward(const Tensor& grad, const Tensor& x_, const Tensor& weight,
                                                           Segments n_segment, const std::optional<Tensor>& gate,
                                                           bool need_x, bool need_weight, bool need_gate) {
@@ -355,11 +327,9 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_backward(const Tensor& grad, co
       if (!x.empty()) conv(dx, dy, w, true);
       return;
     }
-    std::vector<double> sums((w.per_clip ? x.N : 1) * x.C * w.K);
-    const Gradients<scalar> grads{sums.data(), need_gate ? static_cast<scalar*>(dgate.data_ptr()) : nullptr, w};
-    const Clip* dx_ = need_x ? &dx : nullptr;
-    x.channels_last ? backward_channels_last(dx_, dy, x, grads) : backward_planar(dx_, dy, x, grads);
-    if (need_weight) sum_groups<scalar>(dweight, sums, w.group);
+    const Sums sums = backward(need_x ? &dx : nullptr, dy, x, w, need_gate);
+    if (need_weight) reduce<scalar>(dweight, sums.weight, sums.parts, w.group, w.K);
+    if (need_gate) reduce<scalar>(dgate, sums.gate, sums.parts, 1, 1);
   });
   return {need_x ? dx.tensor : no_gradient(x.tensor), dweight, dgate};
 }
