@@ -1,0 +1,370 @@
+"""Every property over every case, back end, dtype and layout."""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES, Case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from inputs import BASE, COMPILED, DTYPES, NATIVE, SHAPES, as_tuple, fits, layouts, make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tempops
+from tempops.ops._contract import Shape
+
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+compiled = pytest.mark.parametrize("backend", COMPILED)
+SMALL = Shape(2, 3, 4, 3, 4)
+
+
+def run(case: Case, backend: str, x, n_segment, *others, grads=None):
+    """The outputs and the gradients to every input, on one back end, for the given output gradients."""
+    with tempops.backend(backend):
+        outs = as_tuple(case.call(x, n_segment, *others))
+    if grads is None:
+        grads = [random_like(out) for out in outs]
+    # The backward runs outside the context: the back end of the forward must run it.
+    return outs, torch.autograd.grad(outs, (x, *others), grads, retain_graph=True), grads
+
+
+def random_like(out):
+    return torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+
+
+def assert_as_good_as_eager(case: Case, backend: str, inputs: tuple) -> None:
+    """Moves bit for bit; arithmetic within twice eager's error against float64, outputs and gradients alike."""
+    x, n_segment, *others = inputs
+    outs, dins, grads = run(case, backend, *inputs)
+    eager_outs, eager_dins, _ = run(case, "eager", *inputs, grads=grads)
+    if case.moves:
+        for mine, eager in zip((*outs, *dins), (*eager_outs, *eager_dins)):
+            assert torch.equal(mine, eager)
+        return
+    wide = [a.detach().double().requires_grad_() for a in (x, *others)]
+    exact_outs, exact_dins, _ = run(case, "eager", wide[0], n_segment, *wide[1:], grads=[g.double() for g in grads])
+    for mine, eager, exact in zip((*outs, *dins), (*eager_outs, *eager_dins), (*exact_outs, *exact_dins)):
+        assert mine.shape == exact.shape and mine.dtype == x.dtype
+        if mine.numel() == 0:
+            continue
+        # Where eager happens to be exact, half a unit in the last place of the largest value is allowed.
+        unit = torch.finfo(x.dtype).eps * exact.abs().max()
+        allowed = 1e3 * unit if x.dtype == torch.float64 else 2 * (eager.double() - exact).abs().max() + unit / 2
+        assert torch.isfinite(mine).all()
+        assert (mine.double() - exact).abs().max() <= allowed
+
+
+@cases
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(case, backend, dtype):
+    for layout in layouts(case):
+        assert_as_good_as_eager(case, backend, make(case, BASE, layout, dtype))
+
+
+@cases
+@compiled
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(case, backend, shape):
+    if not fits(case, shape):
+        with pytest.raises(ValueError, match="at least"):
+            run(case, backend, *make(case, shape, "contiguous"))
+        return
+    for layout, dtype in itertools.product(layouts(case)[:4], (torch.float32, torch.bfloat16)):
+        assert_as_good_as_eager(case, backend, make(case, shape, layout, dtype))
+
+
+@cases
+@compiled
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape(case, backend, data):
+    sizes = (st.integers(1, 3), st.integers(case.least_frames, 6), st.integers(1, 70), st.integers(1, 19),
+             st.integers(1, 19))  # fmt: skip
+    shape = Shape(*(data.draw(size) for size in sizes))
+    layout = data.draw(st.sampled_from(layouts(case)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    assert_as_good_as_eager(case, backend, make(case, shape, layout, dtype))
+
+
+@cases
+@pytest.mark.parametrize("backend", ("eager", *COMPILED))
+def test_derivatives(case, backend):
+    """First and second derivatives against finite differences, with random output gradients."""
+    for layout in [name for name in layouts(case) if name in ("contiguous", "channels_last", "five", "slice")]:
+        x, n_segment, *others = make(case, SMALL, layout)
+        with tempops.backend(backend):
+
+            def call(x, *others):
+                return case.call(x, n_segment, *others)
+
+            assert torch.autograd.gradcheck(call, (x, *others), fast_mode=layout != "contiguous")
+            assert torch.autograd.gradgradcheck(call, (x, *others), fast_mode=layout != "contiguous")
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls into torch.ops.tempops that pass the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tempops":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self):
+        return {func._schema.name.split("::")[1] for func, _ in self.calls}
+
+
+def recorded(case: Case, layout: str, shape: Shape = SMALL, dtype: torch.dtype = torch.float64) -> list:
+    """Every call that the forward, backward and double backward of a case make."""
+    x, n_segment, *others = make(case, shape, layout, dtype)
+    with Recorder() as recorder, tempops.backend("cpu"):
+        outs = as_tuple(case.call(x, n_segment, *others))
+        dins = torch.autograd.grad(outs, (x, *others), [random_like(o) for o in outs], create_graph=True)
+        dins = [d for d in dins if d.requires_grad]
+        if dins:
+            torch.autograd.grad(dins, (x, *others), [random_like(d) for d in dins], allow_unused=True)
+    return recorder.calls
+
+
+def detached(args):
+    return tuple(a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@cases
+@pytest.mark.parametrize("shape", (SMALL, SMALL._replace(N=0), Shape(1, 2, 8, 1, 1)), ids=str)
+def test_opcheck(case, shape):
+    """Schema, fake tensors (shapes and strides) and autograd of every entry that a case reaches, in every layout."""
+    for layout in layouts(case):
+        seen = set()
+        for func, args in recorded(case, layout, shape, torch.float32):
+            if func not in seen:
+                seen.add(func)
+                tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+                if layout in ("contiguous", "channels_last") and shape is SMALL:
+                    tests += ("test_aot_dispatch_dynamic",)
+                torch.library.opcheck(func, detached(args), test_utils=tests)
+
+
+def test_every_entry_differentiates():
+    """An entry without an autograd rule passes opcheck and silently returns no gradient."""
+    entries = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("tempops::")}
+    entries -= {"temporal_shift_"}  # raises instead: test_inplace.py
+    reached = set()
+    for case in CASES:
+        for func, args in recorded(case, layouts(case)[0]):
+            reached.add(func._schema.name.split("::")[1])
+            out = func(*detached(args))
+            assert any(o.requires_grad for o in as_tuple(out)), func
+    assert reached == entries, "an entry that no case reaches is an entry that no test checks"
+
+
+@cases
+@compiled
+def test_native_layouts_are_kept_without_a_copy(case, backend):
+    for layout in [name for name in layouts(case) if name in NATIVE]:
+        x, n_segment, *others = make(case, BASE, layout, torch.float32)
+        with tempops.backend(backend), torch.profiler.profile() as profile:
+            outs = as_tuple(case.call(x, n_segment, *others))
+            names = {event.name for event in profile.events() or ()}
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(outs, x, [torch.randn_like(o) for o in outs])
+        names |= {event.name for event in profile.events()}
+        assert not names & {"aten::contiguous", "aten::clone", "aten::_to_copy"}, layout
+        if "channels_last" in layout:
+            expected = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+            assert all(out.is_contiguous(memory_format=expected) for out in outs), layout
+        else:
+            assert all(out.is_contiguous() for out in outs), layout
+
+
+@cases
+@compiled
+def test_memory_is_the_outputs(case, backend):
+    """No temporary is larger than 1 MB beside the results."""
+    if case.matmul:
+        pytest.skip("matrix products are PyTorch's, with PyTorch's workspaces")
+    x, n_segment, *others = make(case, Shape(1, 8, 64, 56, 56), layouts(case)[0], torch.float32)
+
+    def extra(call, expected):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            results = call()
+        sizes = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0 and not e.cpu_children]
+        del results
+        return sum(sizes) - sum(t.numel() * t.element_size() for t in expected)
+
+    with tempops.backend(backend):
+        with torch.no_grad():
+            outs = as_tuple(case.call(x, n_segment, *others))
+            assert extra(lambda: case.call(x, n_segment, *others), outs) <= 1 << 20
+        outs = as_tuple(case.call(x, n_segment, *others))
+    grads = [torch.randn_like(out) for out in outs]
+    inputs = (x, *others)
+    assert extra(lambda: torch.autograd.grad(outs, inputs, grads, retain_graph=True), inputs) <= 1 << 20
+
+
+@cases
+@compiled
+def test_deterministic_whatever_the_threads(case, backend):
+    for layout in layouts(case)[:2]:
+        inputs = make(case, Shape(2, 4, 64, 28, 28), layout, torch.float32)
+        outs, dins, grads = run(case, backend, *inputs)
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                again, dins_again, _ = run(case, backend, *inputs, grads=grads)
+                assert all(torch.equal(a, b) for a, b in zip((*outs, *dins), (*again, *dins_again)))
+        finally:
+            torch.set_num_threads(before)
+
+
+@cases
+@pytest.mark.parametrize("backend", ("eager", *COMPILED))
+@pytest.mark.parametrize("value", (torch.nan, torch.inf), ids=("nan", "inf"))
+def test_a_bad_frame_reaches_only_its_readers(case, backend, value):
+    """One frame of NaN or Inf in the first clip: the second clip and the frames out of reach stay as they were."""
+    shape = Shape(2, 7, 8, 3, 3)
+    for layout in layouts(case)[:2]:
+        x, n_segment, *others = make(case, shape, layout)
+        grads = None
+        results = []
+        for bad in (False, True):
+            xs = x.detach().clone(memory_format=torch.preserve_format)
+            if bad:
+                xs[0] = value
+            (outs, (dx, *_), grads) = run(case, backend, xs.requires_grad_(), n_segment, *others, grads=grads)
+            results.append([*(o.detach() for o in outs), dx])
+        for clean, dirty in zip(*results):
+            if case.reach is None:
+                clean, dirty = clean[clean.size(0) // 2 :], dirty[dirty.size(0) // 2 :]
+            else:
+                clean, dirty = clean[case.reach + 1 :], dirty[case.reach + 1 :]
+            assert torch.equal(clean, dirty), layout
+
+
+@cases
+@compiled
+def test_expanded_gradients(case, backend):
+    x, n_segment, *others = make(case, BASE, layouts(case)[0])
+    with tempops.backend(backend):
+        sum(out.sum() for out in as_tuple(case.call(x, n_segment, *others))).backward()
+    got, x.grad = x.grad, None
+    with tempops.backend("eager"):
+        sum(out.sum() for out in as_tuple(case.call(x, n_segment, *others))).backward()
+    torch.testing.assert_close(got, x.grad)
+
+
+@cases
+@compiled
+def test_only_asked_for_gradients(case, backend):
+    """Each input alone may require a gradient."""
+    inputs = make(case, BASE, layouts(case)[0])
+    full = run(case, backend, *inputs)
+    tensors = [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor)]
+    for place, i in enumerate(tensors):
+        alone = [a.detach().requires_grad_(j == i) if isinstance(a, torch.Tensor) else a for j, a in enumerate(inputs)]
+        with tempops.backend(backend):
+            outs = as_tuple(case.call(*alone))
+        (grad,) = torch.autograd.grad(outs, alone[i], full[2])
+        torch.testing.assert_close(grad, full[1][place], rtol=1e-12, atol=1e-12)
+
+
+@cases
+def test_the_forward_chooses_the_back_end_of_every_derivative(case):
+    x, n_segment, *others = make(case, SMALL, layouts(case)[0])
+    for chosen, elsewhere in (("cpu", "eager"), ("eager", "cpu")):
+        with tempops.backend(chosen):
+            outs = as_tuple(case.call(x, n_segment, *others))
+        with Recorder() as recorder, tempops.backend(elsewhere):
+            torch.autograd.grad(outs, (x, *others), [random_like(o) for o in outs], create_graph=True)
+        assert bool(recorder.calls) == (chosen == "cpu")
+
+
+@cases
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_compile(case, layout):
+    if layout not in layouts(case):
+        pytest.skip(f"{case} takes no {layout} input")
+    torch._dynamo.reset()
+    x, n_segment, *others = make(case, BASE, layout, torch.float32)
+    expected, dexpected, grads = run(case, "cpu", x, n_segment, *others)
+    call = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+    with tempops.backend("cpu"):
+        outs = as_tuple(call(x, n_segment, *others))
+    dins = torch.autograd.grad(outs, (x, *others), grads)
+    for mine, plain in zip((*outs, *dins), (*expected, *dexpected)):
+        assert torch.equal(mine, plain) and mine.stride() == plain.stride()
+
+
+@cases
+@compiled
+def test_autocast(case, backend):
+    """The other floating arguments follow x; what behaves as conv2d follows autocast."""
+    x, n_segment, *others = make(case, BASE, layouts(case)[0], torch.float32)
+    with tempops.backend(backend), torch.autocast("cpu", torch.bfloat16):
+        out = as_tuple(case.call(x, n_segment, *others))[0]
+        assert out.dtype == (torch.bfloat16 if case.autocasts else torch.float32)
+        low = as_tuple(case.call(x.bfloat16(), n_segment, *others))[0]
+        assert low.dtype == torch.bfloat16
+        grads = torch.autograd.grad(low.float().sum(), (x, *others), allow_unused=True)
+    assert all(g is None or g.dtype == torch.float32 for g in grads)
+
+
+@cases
+def test_meta_and_fake(case):
+    x, n_segment, *others = make(case, BASE, layouts(case)[0], torch.float32)
+    real = as_tuple(case.call(x, n_segment, *others))
+    meta = as_tuple(case.call(x.to("meta"), n_segment, *(o.to("meta") for o in others)))
+    assert [(m.shape, m.stride(), m.dtype) for m in meta] == [(r.shape, r.stride(), r.dtype) for r in real]
+
+
+@compiled
+def test_memory_is_flat(backend):
+    """1,000 forward and backward passes of every op leave the process as large as 100 did."""
+    inputs = [(case, make(case, SMALL, layouts(case)[0], torch.float32)) for case in CASES]
+
+    def passes(count: int) -> int:
+        for _ in range(count):
+            for case, (x, n_segment, *others) in inputs:
+                with tempops.backend(backend):
+                    out = as_tuple(case.call(x, n_segment, *others))[0]
+                torch.autograd.grad(out.sum(), x)
+        gc.collect()
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs /proc to know the size of the process")
+    before = passes(100)
+    assert passes(900) - before < 4 << 20
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="other processors have the baseline alone")
+@pytest.mark.parametrize("capability", ("default", "avx2"))
+def test_instruction_sets(capability):
+    """The same checks with the processor's wider instructions hidden, in a process of its own."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, tempops\n"
+        "from cases import CASES\n"
+        "from inputs import BASE, SHAPES, fits, layouts, make\n"
+        "from test_ops import assert_as_good_as_eager\n"
+        "assert tempops._C.instruction_set() == sys.argv[2], tempops._C.instruction_set()\n"
+        "for case in CASES:\n"
+        "    for layout in layouts(case)[:2]:\n"
+        "        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "            for shape in (BASE, SHAPES[5]):\n"
+        "                assert_as_good_as_eager(case, 'cpu', make(case, shape, layout, dtype))\n"
+    )
+    name = {"default": "baseline"}.get(capability, capability)
+    subprocess.run([sys.executable, "-c", program, os.path.dirname(__file__), name], check=True,
+                   env=os.environ | {"ATEN_CPU_CAPABILITY": capability})  # fmt: skip
