@@ -23,10 +23,10 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11 and eve
 
 
 def check_python() -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036, this is the check
         sys.exit(f"tempops needs Python 3.10 or newer, this is {sys.version.split()[0]}: use another interpreter.")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        sys.exit("tempops needs Python's headers: Python.h not found. Install them (Debian: apt install python3-dev).")
+        sys.exit("tempops needs Python's headers: Python.h not found. Install them (Debian: python3-dev).")
 
 
 def check_torch() -> str | None:
@@ -41,15 +41,16 @@ def check_torch() -> str | None:
 
 
 def check_compiler() -> str:
-    """The C++ compiler: CXX, or the first one found, that knows C++20."""
-    named = os.environ.get("CXX")
-    found = next((c for c in ([named] if named else ["c++", "g++", "clang++"]) if shutil.which(shlex.split(c)[0])), None)
+    """The C++ compiler: CXX, or the first one found; one that knows C++20."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = next((candidate for candidate in candidates if shutil.which(shlex.split(candidate)[0])), None)
     if found is None:
-        wanted = f"CXX={named} is not a program here" if named else "found none of c++, g++, clang++"
-        sys.exit(f"tempops needs a C++20 compiler: {wanted}. Install one (Debian: apt install g++) or set CXX.")
+        missing = " or ".join(candidates)
+        sys.exit(f"tempops needs a C++20 compiler: no {missing} here. Install one (Debian: g++) or set CXX.")
     probe = [*shlex.split(found), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
-    if subprocess.run(probe, input=b"#include <bit>\nauto f = std::bit_cast<int, int>;", capture_output=True).returncode:
-        sys.exit(f"tempops needs a C++20 compiler: {found} cannot compile C++20. Set CXX to a newer one.")
+    source = b"#include <bit>\nauto cast = std::bit_cast<int, int>;"
+    if subprocess.run(probe, input=source, capture_output=True).returncode:
+        sys.exit(f"tempops needs a C++20 compiler: {found} does not compile C++20. Set CXX to a newer one.")
     return found
 
 

@@ -125,44 +125,43 @@ def build_python(tmp_path, code, *, files=SETUPTOOLS, **env):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     env = {**{k: v for k, v in os.environ.items() if k != "CXX"}, "PYTHONPATH": str(tmp_path), **env}
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'tools'); {code}"]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, 'tools')\n{code}"]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def old_torch(version: str) -> dict:
-    return {**SETUPTOOLS, f"torch-{version}.dist-info/METADATA": f"Name: torch\nVersion: {version}\n"}
+COMPILER = "tempops needs a C++20 compiler: "
+OLD_TORCH = {"torch-2.4.0.dist-info/METADATA": "Name: torch\nVersion: 2.4.0\n"}
 
 
 @pytest.mark.parametrize(
-    "sentence, setting",
+    "sentence, code, setting",
     [
-        ("tempops needs a C++20 compiler: found none of c++, g++, clang++.", {"PATH": "/nowhere"}),
-        ("tempops needs a C++20 compiler: CXX=nonsense is not a program here.", {"CXX": "nonsense"}),
-        ("tempops needs a C++20 compiler: false cannot compile C++20.", {"CXX": "false"}),
-        ("tempops needs torch 2.11 or newer, this environment has 2.4.0", {"files": old_torch("2.4.0")}),
-        ("tempops needs Python 3.10 or newer, this is 3.9", {"code": "sys.version_info, sys.version = (3, 9), '3.9'"}),
-        ("tempops needs Python's headers: Python.h not found.",
-         {"code": "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'"}),
+        (COMPILER + "no c++ or g++ or clang++ here.", "", {"PATH": "/nowhere"}),
+        (COMPILER + "no nonsense here.", "", {"CXX": "nonsense"}),
+        (COMPILER + "false does not compile C++20.", "", {"CXX": "false"}),
+        ("tempops needs torch 2.11 or newer, this environment has 2.4.0", "", {"files": {**SETUPTOOLS, **OLD_TORCH}}),
+        ("tempops needs Python 3.10 or newer, this is 3.9", "sys.version_info, sys.version = (3, 9), '3.9'", {}),
+        ("tempops needs Python's headers", "import sysconfig; sysconfig.get_path = lambda name: '/nowhere'", {}),
     ],
     ids=["no compiler", "wrong CXX", "old compiler", "old torch", "old Python", "no Python.h"],
 )
-def test_what_is_missing_is_said_in_one_sentence(tmp_path, sentence, setting):
-    code = setting.pop("code", "pass")
-    run = build_python(tmp_path, f"{code}; sys.argv = ['setup.py', 'egg_info']; exec(open('setup.py').read())", **setting)
+def test_what_is_missing_is_said_in_one_sentence(tmp_path, sentence, code, setting):
+    script = f"{code}\nimport runpy; sys.argv = ['setup.py', 'egg_info']; runpy.run_path('setup.py')"
+    run = build_python(tmp_path, script, **setting)
     assert run.returncode == 1
     assert run.stderr.startswith(sentence) and run.stderr.count("\n") == 1, run.stderr
 
 
 def test_the_build_sees_the_torch_of_the_environment(tmp_path):
+    hidden = ("import sys; from importlib.util import find_spec; print(find_spec('torch'));"
+              "sys.path.insert(0, 'tools'); import backend;"
+              "print(find_spec('torch').origin, backend.get_requires_for_build_wheel())")
     # A build environment hides the user's packages, as -S does here.
-    code = "import subprocess; print(subprocess.run([sys.executable, '-S', '-c', sys.argv[1]], check=True))"
-    hidden = ("import sys; sys.path.insert(0, 'tools'); import importlib.util as util; before = util.find_spec('torch');"
-              "import backend; print(before, util.find_spec('torch').origin, backend.get_requires_for_build_wheel())")
-    run = build_python(tmp_path, f"sys.argv.append({hidden!r}); {code}")
-    assert run.stdout.startswith(f"None {TORCH / '__init__.py'} ['other']"), run.stdout + run.stderr
+    run = build_python(tmp_path, f"import subprocess; subprocess.run([sys.executable, '-S', '-c', {hidden!r}])")
+    assert run.stdout == f"None\n{TORCH / '__init__.py'} ['other']\n", run.stdout + run.stderr
 
 
 def test_the_build_asks_for_torch_where_there_is_none(tmp_path):
-    code = ("import importlib.metadata as metadata, backend; backend.has_torch = lambda: False;"
+    code = ("import backend; backend.has_torch = lambda: False;"
             "print(backend.get_requires_for_build_editable(), backend.get_requires_for_build_sdist())")
     assert build_python(tmp_path, code).stdout == "['other', 'torch>=2.11'] []\n"

@@ -1,8 +1,8 @@
 """The build backend: setuptools' own, building against the torch that the environment already has.
 
-pip builds in a separate environment that hides the user's packages. The compiled libraries must come from the headers of
-a torch that is there at run time, and a second one is gigabytes to fetch: so ask the same interpreter, without pip's
-variables, what it sees, and put that at the end of the path, where the build environment's own packages win.
+pip builds in a separate environment that hides the user's packages. A second torch would be gigabytes to fetch, so ask
+the same interpreter, without pip's variables, where it looks for packages, and append that to the path of the build: at
+the end, where the build environment's own packages win.
 """
 
 import importlib.metadata
