@@ -26,7 +26,7 @@ def check_python() -> None:
     if sys.version_info < (3, 10):  # noqa: UP036, this is the check
         sys.exit(f"tempops needs Python 3.10 or newer, this is {sys.version.split()[0]}: use another interpreter.")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        sys.exit("tempops needs Python's headers: Python.h not found. Install them (Debian: python3-dev).")
+        sys.exit("tempops needs Python's headers: Python.h not found. Install the development package of Python.")
 
 
 def check_torch() -> str | None:
@@ -45,12 +45,11 @@ def check_compiler() -> str:
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     found = next((candidate for candidate in candidates if shutil.which(shlex.split(candidate)[0])), None)
     if found is None:
-        missing = " or ".join(candidates)
-        sys.exit(f"tempops needs a C++20 compiler: no {missing} here. Install one (Debian: g++) or set CXX.")
+        sys.exit(f"tempops needs a C++20 compiler: {', '.join(candidates)} not found. Install g++ or set CXX.")
     probe = [*shlex.split(found), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     source = b"#include <bit>\nauto cast = std::bit_cast<int, int>;"
     if subprocess.run(probe, input=source, capture_output=True).returncode:
-        sys.exit(f"tempops needs a C++20 compiler: {found} does not compile C++20. Set CXX to a newer one.")
+        sys.exit(f"tempops needs a C++20 compiler: {found} does not compile C++20. Install g++ 11 or newer.")
     return found
 
 

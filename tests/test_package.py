@@ -136,8 +136,8 @@ OLD_TORCH = {"torch-2.4.0.dist-info/METADATA": "Name: torch\nVersion: 2.4.0\n"}
 @pytest.mark.parametrize(
     "sentence, code, setting",
     [
-        (COMPILER + "no c++ or g++ or clang++ here.", "", {"PATH": "/nowhere"}),
-        (COMPILER + "no nonsense here.", "", {"CXX": "nonsense"}),
+        (COMPILER + "c++, g++, clang++ not found.", "", {"PATH": "/nowhere"}),
+        (COMPILER + "nonsense not found.", "", {"CXX": "nonsense"}),
         (COMPILER + "false does not compile C++20.", "", {"CXX": "false"}),
         ("tempops needs torch 2.11 or newer, this environment has 2.4.0", "", {"files": {**SETUPTOOLS, **OLD_TORCH}}),
         ("tempops needs Python 3.10 or newer, this is 3.9", "sys.version_info, sys.version = (3, 9), '3.9'", {}),
