@@ -111,6 +111,14 @@ def test_metadata():
     assert version == tempops.__version__
 
 
+def test_readme():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", readme, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(tempops.ops.__all__)
+    (example,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    exec(example, {})
+
+
 # What runs before a build is tested on stand-ins for setuptools, which need not be installed, and for torch.
 
 SETUPTOOLS = {
