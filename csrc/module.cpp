@@ -16,8 +16,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("instruction_sets") = pybind11::make_tuple("baseline");
 #endif
-  m.def(
-      "instruction_set", [] { return tempops::name(tempops::isa()); },
-      "The instruction set in use on this processor; ATEN_CPU_CAPABILITY lowers it.");
+  m.def("instruction_set", [] { return tempops::name(tempops::isa()); },
+        "The instruction set in use on this processor; ATEN_CPU_CAPABILITY lowers it.");
   m.attr("cuda") = TEMPOPS_CUDA;  // why there are no CUDA kernels
 }

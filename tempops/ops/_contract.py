@@ -79,7 +79,8 @@ def check_clips(x: object, n_segment: object, *, name: str = "x", least_frames: 
             raise ValueError(f"n_segment={n_segment} does not divide {frames} frames")
         n, t = frames // n_segment, n_segment
     if t < least_frames:
-        raise ValueError(f"{name} must have at least {least_frames} frame{'s' * (least_frames > 1)} a clip, got T = {t}")
+        frames = "frame" if least_frames == 1 else "frames"
+        raise ValueError(f"{name} must have at least {least_frames} {frames} a clip, got T = {t}")
     return Shape(n, t, c, h, w)
 
 
