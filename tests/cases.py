@@ -25,6 +25,9 @@ class Case:
     `others(shape, make)` gives the further tensor arguments for clips of sizes `shape`; `make(*sizes)` draws one.
     `moves` is True where data only moves, so that results compare bit for bit.
     `linear` is True where the backward does not read x. `rereads` counts further reads of x that no kernel can avoid.
+
+    The benchmarks feed `from_activation(a)` for each `a` that `activations` names (benchmarks/activations.py). `matmul`
+    is True where the time goes into matrix products, so that a copy of the same bytes is no yardstick.
     """
 
     name: str
@@ -37,6 +40,9 @@ class Case:
     ranks: tuple[int, ...] = (4, 5)
     least_channels: int = 1
     benchmark: bool = field(default=True)
+    activations: tuple[str, ...] = ("64x56", "256x56", "512x28", "1024x14", "2048x7")
+    from_activation: Callable[[Tensor], Tensor] = lambda activation: activation
+    matmul: bool = False
 
     def __str__(self) -> str:
         return self.name
