@@ -76,7 +76,12 @@ class Contention:
 
 def lines(rows: list[Row], notes: Iterable[str]) -> list[str]:
     """The report as text."""
-    return [_described(), *notes, "", *_table(rows), "", *_means(rows), "", *_worst(rows)]
+    out = [_described(), *notes, *_table(rows)]
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        out += ["", *_means([row for row in rows if row.dtype == dtype], f"geometric mean, {dtype}")]
+    if any(row.matmul for row in rows):
+        out.append("(of copy's times, the mean over all leaves out the ops whose time goes into matrix products)")
+    return [*out, "", *_worst(rows)]
 
 
 def _described() -> str:
@@ -129,38 +134,26 @@ def _table(rows: list[Row]) -> list[str]:
     return out
 
 
-def _means(rows: list[Row]) -> list[str]:
-    """Geometric means over layouts and shapes, for each op and over all: speed-ups, and multiples of a copy's time."""
-    ops = list(dict.fromkeys(row.op for row in rows))
-    width = max(len("geometric mean"), *map(len, ops), 0)
-    heads = "".join(f" |{direction + ': over eager':>21}  over compile  x copy's time" for direction in DIRECTIONS)
-    out = ["geometric mean".ljust(width) + heads]
-    for op in (*ops, "all"):
+def _means(rows: list[Row], title: str) -> list[str]:
+    """Over layouts and shapes, for each op and over all: speed-ups, and multiples of a copy's time."""
+    ops = [*dict.fromkeys(row.op for row in rows), "all"]
+    width = max(map(len, (title, *ops)))
+    out = [title.ljust(width) + "".join(f" |{d + ': over eager':>21}  over compile  x copy's time" for d in DIRECTIONS)]
+    for op in ops:
         cells = ""
         for direction in DIRECTIONS:
-            chosen = [row for row in rows if row.op == (op if op != "all" else row.op) and row.direction == direction]
-            # A mean over all ops is of those that a copy is a yardstick for.
-            copies = [row for row in chosen if op != "all" or not row.matmul]
-            share = _mean(row.over("copy") for row in copies)
+            chosen = [row for row in rows if op in ("all", row.op) and row.direction == direction]
+            share = _mean(row.over("copy") for row in chosen if op != "all" or not row.matmul)
             cells += f" |{_times(_mean(row.over('eager') for row in chosen)):>21}"
             cells += f"  {_times(_mean(row.over('compile') for row in chosen)):>12}"
             cells += f"  {_times(1 / share if share else None):>13}"
         out.append(op.ljust(width) + cells)
-    half = _half(rows)
-    return [*out, "", half] if half else out
-
-
-def _half(rows: list[Row]) -> str | None:
-    """bfloat16's time over float32's, where both were timed."""
-    key = lambda row: (row.op, row.direction, row.layout, row.shape)  # noqa: E731
-    single = {key(row): row.seconds.get("cpu") for row in rows if row.dtype == "float32"}
-    ratio = _mean(row.seconds["cpu"] / single[key(row)] for row in rows
-                  if row.dtype == "bfloat16" and "cpu" in row.seconds and single.get(key(row)))
-    return f"bfloat16 takes {ratio:.2f} of the time of float32 (geometric mean)" if ratio else None
+    return out
 
 
 def _worst(rows: list[Row]) -> list[str]:
-    out = []
+    half = _half(rows)
+    out = [f"bfloat16 takes {half:.2f} of the time of float32 (geometric mean)"] if half else []
     for direction in DIRECTIONS:
         for baseline, name in {"eager": "eager", "compile": "torch.compile", "copy": "a copy"}.items():
             timed = [row for row in rows if row.direction == direction and row.over(baseline) is not None]
@@ -170,6 +163,13 @@ def _worst(rows: list[Row]) -> list[str]:
                 figure = f"{_times(1 / over)} its time" if baseline == "copy" else f"{_times(over)} as fast"
                 out.append(f"worst {direction} against {name}: {worst}, {figure}")
     return out
+
+
+def _half(rows: list[Row]) -> float | None:
+    """bfloat16's time over float32's, where both were timed."""
+    times = {(row.op, row.direction, row.layout, row.shape, row.dtype): row.seconds.get("cpu") for row in rows}
+    pairs = [(seconds, times.get((*key, "float32"))) for (*key, dtype), seconds in times.items() if dtype == "bfloat16"]
+    return _mean(half / single for half, single in pairs if half and single)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
