@@ -1,0 +1,196 @@
+"""The report that closes the run: the machine, one line a comparison, means for each op, the worst cases named."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tempops import _C
+
+DIRECTIONS = ("forward", "backward")
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass
+class Row:
+    """One comparison: the same op on the same tensors by every implementation, and a copy of as many bytes."""
+
+    op: str
+    direction: str
+    layout: str
+    dtype: str
+    shape: str
+    matmul: bool
+    bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)  # median, by implementation
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.layout} {self.shape} {self.dtype}"
+
+    def over(self, baseline: str) -> float | None:
+        """How many times faster the op is than a baseline; None where either was not timed."""
+        if "cpu" not in self.seconds or baseline not in self.seconds:
+            return None
+        return self.seconds[baseline] / self.seconds["cpu"]
+
+
+def machine() -> dict[str, str | int]:
+    """Where the figures come from."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "instruction set": _C.instruction_set(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+class Contention:
+    """How busy other processes keep the cores, from its creation on; 0 where the system does not say."""
+
+    def __init__(self) -> None:
+        self.before = self._seconds()
+
+    def __float__(self) -> float:
+        busy, own, wall = (after - before for after, before in zip(self._seconds(), self.before))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Processor seconds of all processes, processor seconds of this one and its children, wall clock."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0, 0.0, time.monotonic()
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4]), time.monotonic()
+
+
+def lines(rows: list[Row], notes: Iterable[str]) -> list[str]:
+    """The report as text."""
+    out = [_described(), *notes, *_table(rows)]
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        out += ["", *_means([row for row in rows if row.dtype == dtype], f"geometric mean, {dtype}")]
+    if any(row.matmul for row in rows):
+        out.append("(of copy's times, the mean over all leaves out the ops whose time goes into matrix products)")
+    return [*out, "", *_worst(rows)]
+
+
+def _described() -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine().items())
+
+
+def write_json(rows: list[Row], path: Path) -> None:
+    path.write_text(json.dumps({"machine": machine(), "rows": [vars(row) for row in rows]}, indent=1) + "\n")
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Every time over that of a copy of the same bytes: a panel a direction, a line an op, a point a comparison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ops = list(dict.fromkeys(row.op for row in rows))[::-1]
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.5 * len(ops)), sharey=True, layout="constrained")
+    names = {"eager": ("eager", "tab:red"), "compile": ("torch.compile", "tab:orange"), "cpu": ("tempops", "tab:blue")}
+    for panel, direction in zip(panels, DIRECTIONS):
+        for i, (name, (label, colour)) in enumerate(names.items()):
+            chosen = [row for row in rows if row.direction == direction and {name, "copy"} <= row.seconds.keys()]
+            panel.scatter([row.seconds[name] / row.seconds["copy"] for row in chosen],
+                          [ops.index(row.op) + 0.2 * (i - 1) for row in chosen], s=14, color=colour, label=label)
+        panel.axvline(1, color="grey", linewidth=0.8)
+        panel.set(title=direction, xscale="log", xlabel="time / time of a copy of the same bytes")
+        panel.set_yticks(range(len(ops)), ops)
+        panel.grid(axis="x", alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.suptitle(_described(), fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _table(rows: list[Row]) -> list[str]:
+    """One line a comparison; a gap between ops."""
+    text = [("op", "direction", "layout", "dtype", "shape", "time", "speed", "of copy", "over eager", "over compile")]
+    for row in rows:
+        cpu, share = row.seconds.get("cpu"), row.over("copy")
+        figures = ("-", "-") if cpu is None else (f"{cpu * 1e6:.0f} us", f"{row.bytes / cpu / 1e9:.1f} GB/s")
+        text.append((row.op, row.direction, row.layout, row.dtype, row.shape, *figures,
+                     "-" if share is None else f"{share:.0%}", _times(row.over("eager")), _times(row.over("compile"))))
+    widths = [max(map(len, column)) for column in zip(*text)]
+    pads = [f"<{width}" for width in widths[:5]] + [f">{width}" for width in widths[5:]]
+    out = []
+    for before, cells in zip([text[0], *text], text):
+        if before[0] != cells[0]:
+            out.append("")
+        out.append("  ".join(format(cell, pad) for cell, pad in zip(cells, pads)))
+    return out
+
+
+def _means(rows: list[Row], title: str) -> list[str]:
+    """Over layouts and shapes, for each op and over all: speed-ups, and multiples of a copy's time."""
+    ops = [*dict.fromkeys(row.op for row in rows), "all"]
+    width = max(map(len, (title, *ops)))
+    out = [title.ljust(width) + "".join(f" |{d + ': over eager':>21}  over compile  x copy's time" for d in DIRECTIONS)]
+    for op in ops:
+        cells = ""
+        for direction in DIRECTIONS:
+            chosen = [row for row in rows if op in ("all", row.op) and row.direction == direction]
+            share = _mean(row.over("copy") for row in chosen if op != "all" or not row.matmul)
+            cells += f" |{_times(_mean(row.over('eager') for row in chosen)):>21}"
+            cells += f"  {_times(_mean(row.over('compile') for row in chosen)):>12}"
+            cells += f"  {_times(1 / share if share else None):>13}"
+        out.append(op.ljust(width) + cells)
+    return out
+
+
+def _worst(rows: list[Row]) -> list[str]:
+    half = _half(rows)
+    out = [f"bfloat16 takes {half:.2f} of the time of float32 (geometric mean)"] if half else []
+    for direction in DIRECTIONS:
+        for baseline, name in {"eager": "eager", "compile": "torch.compile", "copy": "a copy"}.items():
+            timed = [row for row in rows if row.direction == direction and row.over(baseline) is not None]
+            if timed:
+                worst = min(timed, key=lambda row: row.over(baseline))
+                over = worst.over(baseline)
+                figure = f"{_times(1 / over)} its time" if baseline == "copy" else f"{_times(over)} as fast"
+                out.append(f"worst {direction} against {name}: {worst}, {figure}")
+    return out
+
+
+def _half(rows: list[Row]) -> float | None:
+    """bfloat16's time over float32's, where both were timed."""
+    times = {(row.op, row.direction, row.layout, row.shape, row.dtype): row.seconds.get("cpu") for row in rows}
+    pairs = [(seconds, times.get((*key, "float32"))) for (*key, dtype), seconds in times.items() if dtype == "bfloat16"]
+    return _mean(half / single for half, single in pairs if half and single)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    logs = [math.log(value) for value in values if value]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    named = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
