@@ -33,7 +33,7 @@ def _five(x: Tensor, n: int, t: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return torch.cat([torch.full_like(x[:, :3], torch.nan), x, torch.full_like(x[:, :2], torch.nan)], 1)
+    return torch.nn.functional.pad(x, (0, 0, 0, 0, 3, 2), value=torch.nan)
 
 
 def _offset(x: Tensor) -> Tensor:
