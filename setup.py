@@ -82,7 +82,14 @@ def build() -> dict:
             depends=headers,
         ),
     ]
-    return {"ext_modules": libraries, "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)}}
+    class KeepObjects(BuildExtension):
+        """Compiles only what changed since the last build, where pip's editable builds would start afresh."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch_version}"
+
+    return {"ext_modules": libraries, "cmdclass": {"build_ext": KeepObjects}}
 
 
 arguments = {}

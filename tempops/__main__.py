@@ -22,5 +22,4 @@ def rows() -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    for name, fact in rows():
-        print(f"{name:20}  {fact}")
+    print("\n".join(f"{name:20}  {fact}" for name, fact in rows()))
