@@ -1,0 +1,487 @@
+// motion_enhance on the CPU.
+//
+// A maximum over a square is a maximum along the rows, then one along the columns, and the same element wins as in the
+// row-major scan of F.max_pool2d: the first of equals, or the last NaN. Elements are compared as integers that sort as
+// that scan does: NaN above everything, both zeros equal, and a value for "outside the plane" below -Inf.
+//
+// A thread keeps a block of a clip (some whole planes, or a strip of rows) in the cache as flat runs of rows, and walks
+// T. A neighbour is at a fixed distance there, so every pass is one long loop however narrow the plane is. The backward
+// gathers what the forward would scatter, in two passes as well: of each window of a column, the row that won it; of
+// each row, the column that won it.
+#include <limits>
+
+#include "../cpu.h"
+
+namespace tempops {
+namespace {
+
+// Elements of one buffer: a planar block goes through each pass whole and fits the first-level cache; a channels_last
+// block goes through them row by row and fits the second.
+constexpr int64_t kPlanar = 1024;
+constexpr int64_t kChannelsLast = 16384;
+constexpr int64_t kLeastChannels = 32;
+
+// How the frames of a clip are cut. Planar: whole planes, or strips of one plane's rows. channels_last: all rows of a
+// block of channels, or strips of them.
+struct Tiling {
+  int64_t radius, channels, rows, channel_blocks, strips, band;
+
+  Tiling(const Clip& x, int64_t radius) : radius(radius) {
+    const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    const int64_t size = x.channels_last ? kChannelsLast : kPlanar;
+    if (x.channels_last) {
+      channels = std::min(x.C, std::max(kLeastChannels, size / x.P / 16 * 16));
+      rows = std::max<int64_t>({1, 4 * radius, size / (x.W * channels) - 4 * radius});
+      band = 1;
+    } else {
+      channels = std::clamp<int64_t>(size / ((x.H + radius) * x.W), 1, x.C);
+      rows = x.P <= 8 * size ? x.H : std::max<int64_t>({1, 4 * radius, 8 * size / x.W});
+      band = channels > 1 ? x.H : std::max<int64_t>(1, size / x.W);
+    }
+    rows = blocks(x.H, blocks(x.H, rows));
+    channel_blocks = blocks(x.C, channels);
+    strips = blocks(x.H, rows);
+  }
+
+  int64_t count(const Clip& x) const {
+    return x.N * channel_blocks * strips;
+  }
+  int64_t work(const Clip& x) const {
+    return x.T * channels * rows * x.W;
+  }
+};
+
+// One block: rows [lo, hi) of some channels of clip n are read, rows [begin, end) written. In a buffer a pixel's
+// neighbour is `along` elements away, the next row `row`, and the next plane `plane` (planar), with `radius` rows that
+// are outside between the planes, above the first and below the last.
+struct Block {
+  int64_t n, c, channels, lo, begin, end, hi, along, row, plane;
+
+  Block(const Clip& x, const Tiling& tiling, int64_t item, int64_t halo) {
+    const int64_t strip = item % tiling.strips;
+    n = item / tiling.strips / tiling.channel_blocks;
+    c = item / tiling.strips % tiling.channel_blocks * tiling.channels;
+    channels = std::min(tiling.channels, x.C - c);
+    begin = strip * tiling.rows;
+    end = std::min(x.H, begin + tiling.rows);
+    lo = std::max<int64_t>(0, begin - halo);
+    hi = std::min(x.H, end + halo);
+    along = x.channels_last ? channels : 1;
+    row = x.W * along;
+    plane = (hi - lo + tiling.radius) * row;
+  }
+
+  // Where row i begins in a buffer, and where rows up to i end.
+  int64_t at(int64_t i) const {
+    return (i - lo) * row;
+  }
+  int64_t until(int64_t i) const {
+    return at(i) + (along == 1 ? (channels - 1) * plane : 0);
+  }
+};
+
+// Calls f(i) for i in [0, n) in loops that vectorise without a remainder, then one by one.
+template <class F>
+TEMPOPS_INLINE inline void each(int64_t n, const F& f) {
+  constexpr int64_t kLanes = 16;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane);
+  }
+  for (; i < n; ++i) f(i);
+}
+
+// Calls f(offset in a frame of x, in a frame of y, in the buffer, count) for each run of adjacent elements of rows
+// [first, last).
+template <class F>
+TEMPOPS_INLINE inline void each_run(const Clip& x, const Clip& y, const Block& b, int64_t first, int64_t last,
+                                    const F& f) {
+  const int64_t at = b.at(first), pixels = (last - first) * x.W;
+  if (x.channels_last) {
+    const int64_t p = first * x.W, from_x = p * x.sp + b.c, from_y = p * y.sp + b.c;
+    if (b.channels == x.sp && b.channels == y.sp) return f(from_x, from_y, at, pixels * b.channels);
+    for (int64_t i = 0; i < pixels; ++i) f(from_x + i * x.sp, from_y + i * y.sp, at + i * b.channels, b.channels);
+  } else {
+    const int64_t p = first * x.W, from_x = p + b.c * x.sc, from_y = p + b.c * y.sc;
+    for (int64_t c = 0; c < b.channels; ++c) f(from_x + c * x.sc, from_y + c * y.sc, at + c * b.plane, pixels);
+  }
+}
+
+template <class acc>
+using word_t = std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t>;
+template <class word>
+constexpr word kOutside = std::numeric_limits<word>::min();
+template <class word>
+constexpr word kNaN = std::numeric_limits<word>::max();
+
+TEMPOPS_INLINE inline int32_t flip(int32_t bits) {
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+TEMPOPS_INLINE inline int64_t flip(int64_t bits) {
+  return bits ^ ((bits >> 63) & 0x7fffffffffffffff);
+}
+
+// Sign and magnitude into two's complement, and back. Adding zero makes one of two zeros.
+template <class acc>
+TEMPOPS_INLINE inline word_t<acc> to_key(acc v) {
+  using word = word_t<acc>;
+  return v != v ? kNaN<word> : flip(std::bit_cast<word>(v + acc(0)));
+}
+template <class acc>
+TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
+  return std::bit_cast<acc>(flip(key));
+}
+
+template <class scalar, class element, class F>
+TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const Block& b, int64_t t, int64_t first, int64_t last,
+                                     const F& convert) {
+  const scalar* frame = x.frame<scalar>(b.n, t);
+  each_run(x, x, b, first, last, [&](int64_t from, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
+    const scalar* __restrict src = frame + from;
+    element* __restrict dst = to + at;
+    each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
+  });
+}
+
+// Which column an element is in, for the rows of one band.
+template <class word>
+struct Columns {
+  const word* column;
+  word size;
+  TEMPOPS_INLINE bool inside(int64_t p, word d) const {
+    return d < 0 ? column[p] >= -d : column[p] < size - d;
+  }
+};
+// Along a column the rows outside are in the buffer.
+template <class word>
+struct Rows {
+  TEMPOPS_INLINE bool inside(int64_t, word) const {
+    return true;
+  }
+};
+
+// The maximum of K elements in a line, `step` apart, for each of n elements, or the offset of the one that wins, or both.
+template <int K, bool maxima, bool offsets, class word, class Line>
+TEMPOPS_INLINE inline void line_maximum(word* __restrict best, word* __restrict won, const word* __restrict keys,
+                                        Line line, int64_t radius, int64_t step, int64_t n) {
+  const auto key = [&](int64_t p, word d) TEMPOPS_INLINE {
+    return line.inside(p, d) ? keys[p + d * step] : kOutside<word>;
+  };
+  const auto next = [&](word& maximum, word& winner, int64_t p, word d) TEMPOPS_INLINE {
+    const word candidate = key(p, d);
+    if constexpr (offsets) winner = (candidate > maximum) | (candidate == kNaN<word>) ? d : winner;
+    maximum = std::max(maximum, candidate);
+  };
+  if constexpr (K == 3) {
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+      word maximum = key(p, -1), winner = -1;
+      next(maximum, winner, p, 0);
+      next(maximum, winner, p, 1);
+      if constexpr (maxima) best[p] = maximum;
+      if constexpr (offsets) won[p] = winner;
+    }
+  } else {
+    const word first = -radius;
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) best[p] = key(p, first);
+    if constexpr (offsets) std::fill_n(won, n, first);
+    for (word d = first + 1; d <= radius; ++d) {
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+        word maximum = best[p], winner = 0;
+        if constexpr (offsets) winner = won[p];
+        next(maximum, winner, p, d);
+        best[p] = maximum;
+        if constexpr (offsets) won[p] = winner;
+      }
+    }
+  }
+}
+
+// Each of n elements adds up the values of the windows in its line that it won.
+template <int K, class acc>
+TEMPOPS_INLINE inline void line_sum(acc* __restrict sum, const word_t<acc>* __restrict won,
+                                    const acc* __restrict values, int64_t radius, int64_t step, int64_t n) {
+  using word = word_t<acc>;
+  const auto term = [&](int64_t p, word d) TEMPOPS_INLINE {
+    return won[p - d * step] == d ? values[p - d * step] : acc(0);
+  };
+  if constexpr (K == 3) {
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) sum[p] = term(p, -1) + term(p, 0) + term(p, 1);
+  } else {
+    std::fill_n(sum, n, acc(0));
+    for (word d = -radius; d <= radius; ++d) {
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) sum[p] += term(p, d);
+    }
+  }
+}
+
+// Its transpose: each of n windows takes the value of the element of its line that won it.
+template <class acc>
+TEMPOPS_INLINE inline void line_select(acc* __restrict taken, const word_t<acc>* __restrict won,
+                                       const acc* __restrict values, int64_t radius, int64_t step, int64_t n) {
+  using word = word_t<acc>;
+  for (word d = -radius; d <= radius; ++d) {
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) taken[p] = won[p] == d ? values[p + d * step] : taken[p];
+  }
+}
+
+// A thread's buffers of a block's size, each with `radius` rows before and after it.
+template <class element>
+struct Buffers {
+  std::vector<element> memory;
+  int64_t room, reach;
+
+  Buffers(int64_t count, const Clip& x, const Tiling& tiling, int64_t halo)
+      : reach((tiling.radius * x.W * (x.channels_last ? tiling.channels : 1) + 15) / 16 * 16) {
+    const int64_t rows = std::min(x.H, tiling.rows + 2 * halo) + tiling.radius;
+    room = reach + (rows * x.W * tiling.channels + 15) / 16 * 16;
+    memory.resize(count * room);
+  }
+  element* operator[](int64_t i) {
+    return memory.data() + i * room + reach;
+  }
+};
+
+// Fills the rows above, between and below the planes of a block.
+template <class element>
+void fill_outside(element* buffer, const Block& b, int64_t radius, element value) {
+  const int64_t reach = radius * b.row;
+  std::fill_n(buffer - reach, reach, value);
+  for (int64_t end = b.at(b.hi); end <= b.until(b.hi); end += b.plane) std::fill_n(buffer + end, reach, value);
+}
+
+// Which column each element of a band is in.
+template <class word>
+struct ColumnTable {
+  std::vector<word> column;
+  int64_t along = 0;
+
+  Columns<word> operator()(const Clip& x, const Tiling& tiling, const Block& b) {
+    if (along != b.along) {
+      along = b.along;
+      column.resize((tiling.band + tiling.radius) * x.W * tiling.channels);
+      for (size_t p = 0; p < column.size(); ++p) column[p] = p / along % x.W;
+    }
+    return {column.data(), word(x.W)};
+  }
+};
+
+// Runs stages of which each needs `radius` rows more of the one before. They advance by a band of rows at a time, so
+// that what a stage reads was just written.
+template <class First, class Second, class Third>
+TEMPOPS_INLINE inline void pipeline(const Block& b, int64_t radius, int64_t reach, int64_t band, const First& first,
+                                    const Second& second, const Third& third) {
+  const int64_t begin = std::max(b.lo, b.begin - reach), end = std::min(b.hi, b.end + reach);
+  int64_t i = b.lo, j = begin, k = b.begin;
+  while (k < b.end) {
+    const int64_t i1 = std::min(b.hi, i + band), j1 = i1 == b.hi ? end : std::clamp(i1 - radius, j, end);
+    const int64_t k1 = j1 == end ? b.end : std::clamp(j1 - radius, k, b.end);
+    if (i < i1) first(i, i1);
+    if (j < j1) second(j, j1);
+    if (k < k1) third(k, k1);
+    i = i1;
+    j = j1;
+    k = k1;
+  }
+}
+
+template <class scalar, int K>
+void enhance(const Clip& y, const Clip& x, int64_t radius) {
+  using acc = acc_t<scalar>;
+  using word = word_t<acc>;
+  const Tiling tiling(x, radius);
+  parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
+    Buffers<word> words(3, x, tiling, radius);
+    word *keys = words[0], *along_row = words[1], *best = words[2];
+    ColumnTable<word> columns_of;
+    for (int64_t item = first_item; item < last_item; ++item) {
+      const Block b(x, tiling, item, radius);
+      const Columns<word> columns = columns_of(x, tiling, b);
+      fill_outside(keys, b, radius, kOutside<word>);
+      fill_outside(along_row, b, radius, kOutside<word>);
+      for (int64_t t = 1; t < x.T; ++t) {
+        const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          const int64_t p = b.at(first), n = b.until(last) - p;
+          line_maximum<K, true, false, word>(along_row + p, nullptr, keys + p, columns, radius, b.along, n);
+        };
+        const auto column_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+          const int64_t p = b.at(first), n = b.until(last) - p;
+          line_maximum<K, true, false, word>(best + p, nullptr, along_row + p, Rows<word>{}, radius, b.row, n);
+          const scalar* past = x.frame<scalar>(b.n, t - 1);
+          scalar* frame = y.frame<scalar>(b.n, t - 1);
+          each_run(x, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
+            const scalar* __restrict src = past + from;
+            const word* __restrict maximum = best + at;
+            scalar* __restrict dst = frame + to;
+            each(count, [&](int64_t i) TEMPOPS_INLINE {
+              dst[i] = store<scalar>(from_key<acc>(maximum[i]) - load(src[i]));
+            });
+          });
+        };
+        pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});
+      }
+    }
+  });
+}
+
+// dx[t] = what the windows of R[t - 1] give to the elements that won them - dR[t].
+template <class scalar, int K>
+void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t radius) {
+  using acc = acc_t<scalar>;
+  using word = word_t<acc>;
+  const int64_t halo = 2 * radius;
+  const Tiling tiling(x, radius);
+  parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
+    Buffers<word> words(5, x, tiling, halo);
+    Buffers<acc> values(4, x, tiling, halo);
+    word *keys = words[0], *along_row = words[1], *best = words[2], *won_column = words[3], *won_row = words[4];
+    acc *before = values[0], *here = values[1];  // dR[t - 1] and dR[t]
+    acc *column_sum = values[2], *sum = values[3];
+    ColumnTable<word> columns_of;
+    for (int64_t item = first_item; item < last_item; ++item) {
+      const Block b(x, tiling, item, halo);
+      const Columns<word> columns = columns_of(x, tiling, b);
+      for (word* buffer : {keys, along_row}) fill_outside(buffer, b, radius, kOutside<word>);
+      for (word* buffer : {won_row, won_column}) fill_outside(buffer, b, radius, word(0));
+      for (acc* buffer : {before, here}) fill_outside(buffer, b, radius, acc(0));
+      for (int64_t t = 0; t < x.T; ++t) {
+        const bool pooled = t > 0, subtracted = t + 1 < x.T;
+        const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+          if (!pooled) return;
+          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          const int64_t p = b.at(first), n = b.until(last) - p;
+          line_maximum<K, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
+        };
+        const auto column_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+          const int64_t p = b.at(first), n = b.until(last) - p;
+          if (subtracted) load_rows<scalar>(here, dy, b, t, first, last, [](acc v) TEMPOPS_INLINE { return v; });
+          if (!pooled) return;
+          line_maximum<K, false, true>(best + p, won_row + p, along_row + p, Rows<word>{}, radius, b.row, n);
+        };
+        const auto gather_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+          const int64_t p = b.at(first), n = b.until(last) - p;
+          if (pooled) {
+            line_sum<K>(column_sum + p, won_row + p, before + p, radius, b.row, n);
+            line_sum<K>(sum + p, won_column + p, column_sum + p, radius, b.along, n);
+          }
+          scalar* frame = dx.frame<scalar>(b.n, t);
+          each_run(dx, dx, b, first, last, [&](int64_t to, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
+            scalar* __restrict dst = frame + to;
+            const acc *__restrict added = sum + at, *__restrict taken = here + at;
+            if (!pooled)
+              each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(-taken[i]); });
+            else if (!subtracted)
+              each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i]); });
+            else
+              each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
+          });
+        };
+        pipeline(b, radius, radius, tiling.band, row_stage, column_stage, gather_stage);
+        std::swap(before, here);
+      }
+    }
+  });
+}
+
+// y[t] = other[t + 1], at the elements that won the windows of R[t], - other[t].
+template <class scalar>
+void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t radius) {
+  using acc = acc_t<scalar>;
+  using word = word_t<acc>;
+  const Tiling tiling(x, radius);
+  parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
+    Buffers<word> words(5, x, tiling, radius);
+    Buffers<acc> values(3, x, tiling, radius);
+    word *keys = words[0], *along_row = words[1], *best = words[2], *won_column = words[3], *won_row = words[4];
+    acc *here = values[0], *from_row = values[1], *from_column = values[2];
+    ColumnTable<word> columns_of;
+    for (int64_t item = first_item; item < last_item; ++item) {
+      const Block b(x, tiling, item, radius);
+      const Columns<word> columns = columns_of(x, tiling, b);
+      for (word* buffer : {keys, along_row}) fill_outside(buffer, b, radius, kOutside<word>);
+      for (int64_t t = 1; t < x.T; ++t) {
+        const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          load_rows<scalar>(here, other, b, t, first, last, [](acc v) TEMPOPS_INLINE { return v; });
+          const int64_t p = b.at(first), n = b.until(last) - p;
+          line_maximum<0, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
+          line_select(from_row + p, won_column + p, here + p, radius, b.along, n);
+        };
+        const auto column_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+          const int64_t p = b.at(first), n = b.until(last) - p;
+          line_maximum<0, true, true>(best + p, won_row + p, along_row + p, Rows<word>{}, radius, b.row, n);
+          line_select(from_column + p, won_row + p, from_row + p, radius, b.row, n);
+          const scalar* past = other.frame<scalar>(b.n, t - 1);
+          scalar* frame = y.frame<scalar>(b.n, t - 1);
+          each_run(other, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
+            const scalar* __restrict src = past + from;
+            const acc* __restrict taken = from_column + at;
+            scalar* __restrict dst = frame + to;
+            each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(taken[i] - load(src[i])); });
+          });
+        };
+        pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});
+      }
+    }
+  });
+}
+
+// Half the kernel size. A window that reaches over the whole plane from everywhere may as well end there.
+int64_t radius_of(const Clip& x, int64_t kernel_size) {
+  TEMPOPS_CHECK(x.T >= 2, "x must have at least 2 frames a clip, got T = ", x.T);
+  TEMPOPS_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel_size);
+  return std::min(kernel_size / 2, std::max<int64_t>({1, x.H, x.W}) - 1);
+}
+
+Tensor motion_enhance(const Tensor& x_, Segments n_segment, int64_t kernel_size) {
+  const Clip x = clips(x_, n_segment);
+  const int64_t radius = radius_of(x, kernel_size);
+  const Clip y = empty_clips(x, x.T - 1, x.C, x.H, x.W);
+  if (y.empty()) return y.tensor;
+  by_dtype(x.dtype, [&](auto* type) {
+    using scalar = std::remove_pointer_t<decltype(type)>;
+    radius == 1 ? enhance<scalar, 3>(y, x, radius) : enhance<scalar, 0>(y, x, radius);
+  });
+  return y.tensor;
+}
+
+Tensor motion_enhance_backward(const Tensor& grad, const Tensor& x_, Segments n_segment, int64_t kernel_size) {
+  const Clip x = clips(x_, n_segment);
+  const int64_t radius = radius_of(x, kernel_size);
+  const Clip dy = clips(grad, x.rank == 4 ? Segments(x.T - 1) : std::nullopt, "grad", &x);
+  TEMPOPS_CHECK(dy.N == x.N && dy.T == x.T - 1 && dy.C == x.C && dy.H == x.H && dy.W == x.W, "grad has the wrong shape");
+  const Clip dx = empty_like(x);
+  if (dx.empty()) return dx.tensor;
+  by_dtype(x.dtype, [&](auto* type) {
+    using scalar = std::remove_pointer_t<decltype(type)>;
+    radius == 1 ? enhance_backward<scalar, 3>(dx, dy, x, radius) : enhance_backward<scalar, 0>(dx, dy, x, radius);
+  });
+  return dx.tensor;
+}
+
+Tensor motion_enhance_gather(const Tensor& other_, const Tensor& x_, Segments n_segment, int64_t kernel_size) {
+  const Clip x = clips(x_, n_segment);
+  const int64_t radius = radius_of(x, kernel_size);
+  const Clip other = clips_like(other_, x, "other");
+  const Clip y = empty_clips(x, x.T - 1, x.C, x.H, x.W);
+  if (y.empty()) return y.tensor;
+  by_dtype(x.dtype, [&](auto* type) { enhance_gather<std::remove_pointer_t<decltype(type)>>(y, other, x, radius); });
+  return y.tensor;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tempops, m) {
+  m.def("motion_enhance(Tensor x, int? n_segment=None, int kernel_size=3) -> Tensor");
+  m.def("motion_enhance_backward(Tensor grad, Tensor x, int? n_segment, int kernel_size) -> Tensor");
+  // other[t + 1] at the elements where x[t + 1] has its maxima, minus other[t]: the backward's transpose.
+  m.def("motion_enhance_gather(Tensor other, Tensor x, int? n_segment, int kernel_size) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tempops, CPU, m) {
+  m.impl("motion_enhance", TORCH_BOX(&motion_enhance));
+  m.impl("motion_enhance_backward", TORCH_BOX(&motion_enhance_backward));
+  m.impl("motion_enhance_gather", TORCH_BOX(&motion_enhance_gather));
+}
+
+}  // namespace tempops
