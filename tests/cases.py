@@ -5,6 +5,7 @@ The tests run every property over every case, the benchmarks time every case: a 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -16,6 +17,17 @@ Make = Callable[..., Tensor]
 
 def nothing(shape: Shape, make: Make) -> tuple:
     return ()
+
+
+def two_like_x(shape: Shape, make: Make) -> tuple:
+    n, t, c, h, w = shape
+    return make(n * t, c, h, w), make(n * t, c, h, w)
+
+
+def motion_attention(x: Tensor, n_segment: int | None, *logits: Tensor, centered: bool = False) -> Tensor:
+    if x.dim() == 5:
+        logits = (a.unflatten(0, (x.size(0), x.size(2))).transpose(1, 2) for a in logits)
+    return tempops.motion_attention(x, *logits, centered)
 
 
 @dataclass(frozen=True)
@@ -48,4 +60,8 @@ CASES = [
          benchmark=False),
     Case("temporal_shift-causal", lambda x, t: tempops.temporal_shift(x, t, 8, "causal"), moves=True, linear=True,
          benchmark=False),
+    Case("temporal_cosine_similarity", tempops.temporal_cosine_similarity, least_frames=2, least_channels=2),
+    Case("cosine_gate", tempops.cosine_gate, rereads=1, least_frames=2, least_channels=2),
+    Case("motion_attention", motion_attention, others=two_like_x),
+    Case("motion_attention-centered", partial(motion_attention, centered=True), others=two_like_x, benchmark=False),
 ]
