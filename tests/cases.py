@@ -36,6 +36,7 @@ class Case:
     least_frames: int = 1
     ranks: tuple[int, ...] = (4, 5)
     least_channels: int = 1
+    channel_divisor: int = 1
     benchmark: bool = field(default=True)
 
     def __str__(self) -> str:
@@ -48,4 +49,5 @@ CASES = [
          benchmark=False),
     Case("temporal_shift-causal", lambda x, t: tempops.temporal_shift(x, t, 8, "causal"), moves=True, linear=True,
          benchmark=False),
+    Case("frame_difference", lambda x, t: tempops.frame_difference(x, 4), linear=True, ranks=(4,), channel_divisor=4),
 ]
