@@ -1,7 +1,7 @@
-// channel_motion_gate on the CPU. The products with the weights are ATen's; what lies between them, for which eager
-// PyTorch takes a call for each step of a few thousand elements, is one loop over the clips.
+// channel_motion_gate on the CPU. A clip is a few frames, so each product with a weight streams that weight once past
+// all frames; what lies between the products is one loop over the clips.
 #include "../aten.h"
-#include "../cpu.h"
+#include "../gemm.h"
 
 namespace tempops {
 namespace {
@@ -81,12 +81,6 @@ void mix_backward(acc* dz, acc* dk, const acc* dmixed, const acc* z, const acc* 
   });
 }
 
-template <class acc>
-void add(acc* to, const acc* from, int64_t count) {
-  parallel(count, 1, [=](int64_t begin, int64_t end)
-                         TEMPOPS_INLINE { add_scaled(to + begin, acc(1), from + begin, end - begin); });
-}
-
 // The op's arguments, dense and in the type they are computed in.
 struct Gate {
   Tensor pooled, w1, w2, w3;
@@ -122,20 +116,50 @@ Gate gate_of(const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Ten
 }
 
 template <class F>
-void by_accumulator(const Gate& g, const F& f) {
-  g.dtype == ScalarType::Double ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
+void by_accumulator(ScalarType dtype, const F& f) {
+  dtype == ScalarType::Double ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
 }
 
-Tensor transposed(const Tensor& x) {
-  return torch::stable::transpose(x, 0, 1);
+template <class acc>
+acc* data(const Tensor& x) {
+  return static_cast<acc*>(x.data_ptr());
 }
 
+// x W^T for x [frames, K] and W [M, K]. A row of weights meets all frames at once, so x is turned first: it is small.
 Tensor linear(const Tensor& x, const Tensor& weight) {
-  return aten("aten::linear", "", x, weight, std::optional<Tensor>());
+  const int64_t frames = x.size(0), K = x.size(1), M = weight.size(0);
+  const Tensor out = torch::stable::new_empty(x, std::array<int64_t, 2>{frames, M});
+  by_accumulator(x.scalar_type(), [&](auto* type) {
+    using acc = std::remove_pointer_t<decltype(type)>;
+    const acc* from = data<acc>(x);
+    std::vector<acc> turned(K * frames);
+    for (int64_t t = 0; t < frames; ++t)
+      for (int64_t k = 0; k < K; ++k) turned[k * frames + t] = from[t * K + k];
+    product(data<acc>(out), 1, M, data<acc>(weight), K, 1, turned.data(), frames, M, frames, K);
+  });
+  return out;
 }
 
-Tensor product(const Tensor& a, const Tensor& b) {
-  return aten("aten::mm", "", a, b);
+// a^T b for a [frames, M] and b [frames, N].
+Tensor over_frames(const Tensor& a, const Tensor& b) {
+  const int64_t frames = a.size(0), M = a.size(1), N = b.size(1);
+  const Tensor out = torch::stable::new_empty(a, std::array<int64_t, 2>{M, N});
+  by_accumulator(a.scalar_type(), [&](auto* type) {
+    using acc = std::remove_pointer_t<decltype(type)>;
+    product(data<acc>(out), N, 1, data<acc>(a), 1, M, data<acc>(b), N, M, N, frames);
+  });
+  return out;
+}
+
+// x W for x [frames, K] and W [K, N], added to `to` where that is given.
+Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to = nullptr) {
+  const int64_t frames = x.size(0), K = x.size(1), N = weight.size(1);
+  const Tensor out = to ? *to : torch::stable::new_empty(x, std::array<int64_t, 2>{frames, N});
+  by_accumulator(x.scalar_type(), [&](auto* type) {
+    using acc = std::remove_pointer_t<decltype(type)>;
+    product(data<acc>(out), N, 1, data<acc>(x), K, 1, data<acc>(weight), N, frames, N, K, to != nullptr);
+  });
+  return out;
 }
 
 Tensor rounded(const Tensor& x, const Gate& g) {
@@ -144,10 +168,9 @@ Tensor rounded(const Tensor& x, const Gate& g) {
 
 Tensor mixed(const Gate& g, const Tensor& z, const Tensor& k) {
   Tensor out = torch::stable::empty_like(z);
-  by_accumulator(g, [&](auto* type) {
+  by_accumulator(g.dtype, [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
-    mix(static_cast<acc*>(out.data_ptr()), static_cast<const acc*>(z.data_ptr()),
-        static_cast<const acc*>(k.data_ptr()), g.frames / g.T, g.T, g.R);
+    mix(data<acc>(out), data<acc>(z), data<acc>(k), g.frames / g.T, g.T, g.R);
   });
   return out;
 }
@@ -174,23 +197,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_motion_gate_backward(
                             : aten("aten::sigmoid_", "", linear(mixed(g, z, k), g.w3));
   const Tensor dlogits = aten("aten::sigmoid_backward", "", widened(grad, pooled, "grad"), gate);
   Tensor dpooled = no_gradient(pooled), dw1 = no_gradient(w1), dw2 = no_gradient(w2), dw3 = no_gradient(w3);
-  if (need_w3) dw3 = rounded(product(transposed(dlogits), mixed(g, z, k)), g);
+  if (need_w3) dw3 = rounded(over_frames(dlogits, mixed(g, z, k)), g);
   if (need_pooled || need_w1 || need_w2) {
-    const Tensor dmixed = product(dlogits, g.w3), dz = torch::stable::empty_like(z), dk = torch::stable::empty_like(k);
-    by_accumulator(g, [&](auto* type) {
+    const Tensor dmixed = times(dlogits, g.w3), dz = torch::stable::empty_like(z), dk = torch::stable::empty_like(k);
+    by_accumulator(g.dtype, [&](auto* type) {
       using acc = std::remove_pointer_t<decltype(type)>;
-      const auto data = [](const Tensor& x) { return static_cast<acc*>(x.data_ptr()); };
-      mix_backward(data(dz), data(dk), data(dmixed), data(z), data(k), g.frames / g.T, g.T, g.R);
+      mix_backward(data<acc>(dz), data<acc>(dk), data<acc>(dmixed), data<acc>(z), data<acc>(k), g.frames / g.T, g.T,
+                   g.R);
     });
-    if (need_w1) dw1 = rounded(product(transposed(dz), g.pooled), g);
-    if (need_w2) dw2 = rounded(product(transposed(dk), g.pooled), g);
+    if (need_w1) dw1 = rounded(over_frames(dz, g.pooled), g);
+    if (need_w2) dw2 = rounded(over_frames(dk, g.pooled), g);
     if (need_pooled) {
-      const Tensor sum = product(dz, g.w1), other = product(dk, g.w2);
-      by_accumulator(g, [&](auto* type) {
-        using acc = std::remove_pointer_t<decltype(type)>;
-        add(static_cast<acc*>(sum.data_ptr()), static_cast<const acc*>(other.data_ptr()), g.frames * g.C);
-      });
-      dpooled = rounded(sum, g);
+      const Tensor through_z = times(dz, g.w1);
+      dpooled = rounded(times(dk, g.w2, &through_z), g);
     }
   }
   return {dpooled, dw1, dw2, dw3};
