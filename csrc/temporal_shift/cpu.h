@@ -1,0 +1,11 @@
+// temporal_shift for other CPU ops.
+#pragma once
+
+#include "math.h"
+
+namespace tempops {
+
+// x with its channels moved, in a new tensor of x's layout.
+Tensor shifted(const Clip& x, const Shift& shift);
+
+}  // namespace tempops
