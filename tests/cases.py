@@ -50,4 +50,10 @@ CASES = [
     Case("temporal_shift-causal", lambda x, t: tempops.temporal_shift(x, t, 8, "causal"), moves=True, linear=True,
          benchmark=False),
     Case("frame_difference", lambda x, t: tempops.frame_difference(x, 4), linear=True, ranks=(4,), channel_divisor=4),
+    Case("channel_motion_gate", lambda pooled, t, w1, w2, w3: tempops.channel_motion_gate(pooled, w1, w2, w3, t),
+         others=lambda s, make: (make(-(-s.C // 8), s.C), make(-(-s.C // 8), s.C), make(s.C, -(-s.C // 8))), ranks=(2,)),
+    Case("shift_conv1x1", lambda x, t, weight: tempops.shift_conv1x1(x, weight, None, t),
+         others=lambda s, make: (make(max(1, s.C // 4), s.C, 1, 1),)),
+    Case("shift_conv1x1-relu", lambda x, t, weight, bias: tempops.shift_conv1x1(x, weight, bias, t, 4, "reversed", "relu"),
+         others=lambda s, make: (make(s.C, s.C, 1, 1), make(s.C)), benchmark=False),
 ]

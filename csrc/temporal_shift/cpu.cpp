@@ -135,6 +135,10 @@ Tensor shifted(const Clip& x, const Shift& shift) {
   return y.tensor;
 }
 
+void shift_in_place(const Clip& x, const Shift& shift) {
+  by_size(x, [&](auto* type) { shift_inplace<std::remove_pointer_t<decltype(type)>>(x, shift); });
+}
+
 namespace {
 
 Tensor temporal_shift(const Tensor& x_, Segments n_segment, int64_t fold_div, const std::string& mode) {
@@ -149,8 +153,7 @@ Tensor temporal_shift_backward(const Tensor& grad, Segments n_segment, int64_t f
 
 void temporal_shift_(const Tensor& x_, Segments n_segment, int64_t fold_div, const std::string& mode) {
   const Clip x = clips(x_, n_segment);
-  const Shift shift = shift_of(x.C, fold_div, mode);
-  by_size(x, [&](auto* type) { shift_inplace<std::remove_pointer_t<decltype(type)>>(x, shift); });
+  shift_in_place(x, shift_of(x.C, fold_div, mode));
   if (x.tensor.get() != x_.get()) {  // x had to be copied to be read
     Tensor target = x_;
     torch::stable::copy_(target, x.tensor);

@@ -8,4 +8,7 @@ namespace tempops {
 // x with its channels moved, in a new tensor of x's layout.
 Tensor shifted(const Clip& x, const Shift& shift);
 
+// The same in place, touching only the channels that move.
+void shift_in_place(const Clip& x, const Shift& shift);
+
 }  // namespace tempops
