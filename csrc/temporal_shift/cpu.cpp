@@ -1,6 +1,7 @@
 // temporal_shift on the CPU: only memory moves, so every dtype is moved as unsigned integers of its size.
+#include "cpu.h"
+
 #include "../cpu.h"
-#include "math.h"
 
 namespace tempops {
 namespace {
@@ -123,7 +124,9 @@ void by_size(const Clip& x, const F& f) {
   }
 }
 
-Tensor run_shift(const Clip& x, const Shift& shift) {
+}  // namespace
+
+Tensor shifted(const Clip& x, const Shift& shift) {
   const Clip y = empty_like(x);
   by_size(x, [&](auto* type) {
     using word = std::remove_pointer_t<decltype(type)>;
@@ -132,20 +135,25 @@ Tensor run_shift(const Clip& x, const Shift& shift) {
   return y.tensor;
 }
 
+void shift_in_place(const Clip& x, const Shift& shift) {
+  by_size(x, [&](auto* type) { shift_inplace<std::remove_pointer_t<decltype(type)>>(x, shift); });
+}
+
+namespace {
+
 Tensor temporal_shift(const Tensor& x_, Segments n_segment, int64_t fold_div, const std::string& mode) {
   const Clip x = clips(x_, n_segment);
-  return run_shift(x, shift_of(x.C, fold_div, mode));
+  return shifted(x, shift_of(x.C, fold_div, mode));
 }
 
 Tensor temporal_shift_backward(const Tensor& grad, Segments n_segment, int64_t fold_div, const std::string& mode) {
   const Clip dy = clips(grad, n_segment, "grad");
-  return run_shift(dy, shift_of(dy.C, fold_div, mode).transposed());
+  return shifted(dy, shift_of(dy.C, fold_div, mode).transposed());
 }
 
 void temporal_shift_(const Tensor& x_, Segments n_segment, int64_t fold_div, const std::string& mode) {
   const Clip x = clips(x_, n_segment);
-  const Shift shift = shift_of(x.C, fold_div, mode);
-  by_size(x, [&](auto* type) { shift_inplace<std::remove_pointer_t<decltype(type)>>(x, shift); });
+  shift_in_place(x, shift_of(x.C, fold_div, mode));
   if (x.tensor.get() != x_.get()) {  // x had to be copied to be read
     Tensor target = x_;
     torch::stable::copy_(target, x.tensor);

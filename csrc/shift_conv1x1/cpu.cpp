@@ -1,0 +1,376 @@
+// shift_conv1x1 on the CPU: a matrix product whose operand is read at the shifted frames, so that no shifted tensor is
+// written. float16 and bfloat16 run the shift, then ATen's convolution, which has instructions for them.
+#include <limits>
+
+#include "../aten.h"
+#include "../gemm.h"
+#include "../temporal_shift/cpu.h"
+
+namespace tempops {
+namespace {
+
+// Channels [begin, end) are those of frame t + offset.
+struct Group {
+  int64_t begin, end, offset;
+};
+using Groups = std::array<Group, 3>;
+
+Groups groups_of(const Shift& shift, int64_t C) {
+  return {Group{0, shift.fold, shift.first}, Group{shift.fold, 2 * shift.fold, shift.second},
+          Group{2 * shift.fold, C, 0}};
+}
+
+constexpr int64_t kDepth = 256;  // channels summed before the next are packed
+constexpr int64_t kPanels = 4;   // panels of pixels packed at a time
+constexpr int64_t kRows = 192;   // pixels gathered at a time: with kDepth channels they fit the second-level cache
+
+// A run of pixels inside one frame, `at` columns into a panel.
+struct Piece {
+  int64_t n, t, p, at, length;
+};
+
+// Calls f for each piece of pixels [begin, end), counted through all frames.
+template <class F>
+TEMPOPS_INLINE inline void for_pieces(const Clip& x, int64_t begin, int64_t end, const F& f) {
+  for (int64_t q = begin; q < end;) {
+    const int64_t frame = q / x.P, p = q % x.P, length = std::min(x.P - p, end - q);
+    f(Piece{frame / x.T, frame % x.T, p, q - begin, length});
+    q += length;
+  }
+}
+
+// Pixels [q0, q1) of channels [k0, k1) of the shifted x, as panels [channels, columns]; zero beyond the last pixel.
+template <int columns, class scalar>
+TEMPOPS_INLINE inline void pack_pixels(scalar* panels, const Clip& x, const Groups& groups, int64_t k0, int64_t k1,
+                                       int64_t q0, int64_t q1) {
+  const int64_t size = (k1 - k0) * columns, width = (q1 - q0) % columns;
+  if (width) std::fill(panels + (q1 - q0) / columns * size, panels + ((q1 - q0) / columns + 1) * size, scalar(0));
+  for_pieces(x, q0, q1, [&](const Piece& piece) TEMPOPS_INLINE {
+    for (const Group& group : groups) {
+      const int64_t first = std::max(k0, group.begin), last = std::min(k1, group.end);
+      const int64_t t = piece.t + group.offset;
+      const bool inside = t >= 0 && t < x.T;
+      const scalar* from = inside ? x.frame<scalar>(piece.n, t) + piece.p : nullptr;
+      for (int64_t k = first; k < last; ++k) {
+        for (int64_t at = piece.at; at < piece.at + piece.length;) {
+          const int64_t length = std::min(columns - at % columns, piece.at + piece.length - at);
+          scalar* __restrict to = panels + at / columns * size + (k - k0) * columns + at % columns;
+          const scalar* __restrict row = from + k * x.sc + (at - piece.at);
+          if (!inside)
+            for (int64_t j = 0; j < length; ++j) to[j] = 0;
+          else if (length == columns)
+            for (int j = 0; j < columns; ++j) to[j] = row[j];
+          else
+            for (int64_t j = 0; j < length; ++j) to[j] = row[j];
+          at += length;
+        }
+      }
+    }
+  });
+}
+
+// What happens to the result besides the product: bias [Cout] (zeros where there is none), and a least value.
+template <class scalar>
+struct Epilogue {
+  const scalar* bias;
+  scalar floor;
+};
+
+// out [length] (+)= sum: the first part of a sum starts from `start`, the last one is clamped.
+template <class scalar, class Start>
+TEMPOPS_INLINE inline void put(scalar* __restrict out, const scalar* __restrict sum, int64_t length, const Start& start,
+                               const Epilogue<scalar>& epilogue, bool first, bool last) {
+  const scalar floor = last ? epilogue.floor : -std::numeric_limits<scalar>::infinity();
+  const auto clamp = [floor](scalar v) TEMPOPS_INLINE { return v < floor ? floor : v; };  // NaN stays NaN
+  if (first)
+    for (int64_t j = 0; j < length; ++j) out[j] = clamp(sum[j] + start(j));
+  else
+    for (int64_t j = 0; j < length; ++j) out[j] = clamp(sum[j] + out[j]);
+}
+
+// The weights of a product: W(m, k) = data[m * row + k * step].
+template <class scalar>
+struct Weight {
+  const scalar* data;
+  int64_t row, step;
+};
+
+// W [M, K] as panels [K, columns] of `columns` of its rows, zero beyond M.
+template <int columns, class scalar>
+void pack_weight(scalar* packed, const Weight<scalar>& weight, int64_t M, int64_t K) {
+  parallel((M + columns - 1) / columns, columns * K, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    constexpr int64_t kLine = 64 / sizeof(scalar);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      scalar* to = packed + panel * columns * K;
+      const scalar* from = weight.data + panel * columns * weight.row;
+      const int64_t width = std::min<int64_t>(columns, M - panel * columns);
+      if (width < columns) std::fill(to, to + columns * K, scalar(0));
+      for (int64_t k0 = 0; k0 < K; k0 += kLine)
+        for (int64_t j = 0; j < width; ++j)
+          for (int64_t k = k0; k < std::min(K, k0 + kLine); ++k)
+            to[k * columns + j] = from[j * weight.row + k * weight.step];
+    }
+  });
+}
+
+// Y [Cout, pixels] = W [Cout, C] X [C, pixels]: a few panels of pixels are packed and all rows of W pass over them.
+template <int rows, int columns, class scalar>
+void convolve_planar(const Clip& y, const Clip& x, const scalar* packed, const Epilogue<scalar>& epilogue,
+                     const Shift& shift) {
+  const Groups groups = groups_of(shift, x.C);
+  const int64_t pixels = x.N * x.T * x.P, panels = (pixels + columns - 1) / columns, Cout = y.C;
+  parallel(panels, columns * x.C * Cout, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    std::vector<scalar> chunk(kPanels * columns * std::min(kDepth, x.C));
+    for (int64_t panel0 = begin; panel0 < end; panel0 += kPanels) {
+      const int64_t q0 = panel0 * columns, q1 = std::min(pixels, std::min(end, panel0 + kPanels) * columns);
+      for (int64_t k0 = 0; k0 < x.C; k0 += kDepth) {
+        const int64_t k1 = std::min(x.C, k0 + kDepth);
+        const bool first = k0 == 0, last = k1 == x.C;
+        pack_pixels<columns>(chunk.data(), x, groups, k0, k1, q0, q1);
+        for (int64_t m = 0; m < Cout; m += rows) {
+          const scalar* from[rows];
+          for (int i = 0; i < rows; ++i) from[i] = packed + m * x.C + k0 * rows + i;
+          for (int64_t q = q0; q < q1; q += columns) {
+            scalar sum[rows][columns] = {};
+            multiply_add(sum, from, rows, &chunk[(q - q0) * (k1 - k0)], columns, k1 - k0);
+            for_pieces(x, q, std::min(q1, q + columns), [&](const Piece& piece) TEMPOPS_INLINE {
+              for (int64_t i = 0; i < std::min<int64_t>(rows, Cout - m); ++i) {
+                scalar* to = y.frame<scalar>(piece.n, piece.t) + (m + i) * y.sc + piece.p;
+                const scalar bias = epilogue.bias[m + i];
+                const auto start = [bias](int64_t) TEMPOPS_INLINE { return bias; };
+                if (piece.length == columns)
+                  put(to, sum[i], columns, start, epilogue, first, last);
+                else
+                  put(to, sum[i] + piece.at, piece.length, start, epilogue, first, last);
+              }
+            });
+          }
+        }
+      }
+    }
+  });
+}
+
+// Y [pixels, Cout] = X [pixels, C] W^T: a pixel's channels are read where they lie, group by group.
+template <int rows, int columns, class scalar>
+void convolve_channels_last(const Clip& y, const Clip& x, const scalar* packed, const Epilogue<scalar>& epilogue,
+                            const Shift& shift) {
+  const Groups groups = groups_of(shift, x.C);
+  const int64_t pixels = x.N * x.T * x.P, tiles = (pixels + rows - 1) / rows, Cout = y.C;
+  parallel(tiles, rows * x.C * Cout, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    constexpr int64_t chunk = kRows / rows;
+    const std::vector<scalar> outside(2 * shift.fold);
+    scalar* to[kRows];
+    const scalar* from[3][kRows + rows];
+    for (int64_t tile0 = begin; tile0 < end; tile0 += chunk) {
+      const int64_t q0 = tile0 * rows, q1 = std::min(pixels, std::min(end, tile0 + chunk) * rows);
+      for_pieces(x, q0, q1, [&](const Piece& piece) TEMPOPS_INLINE {
+        scalar* out = y.frame<scalar>(piece.n, piece.t) + piece.p * y.sp;
+        for (int64_t i = 0; i < piece.length; ++i) to[piece.at + i] = out + i * y.sp;
+        for (int g = 0; g < 3; ++g) {
+          const int64_t t = piece.t + groups[g].offset;
+          const bool inside = t >= 0 && t < x.T;
+          const scalar* in = inside ? x.frame<scalar>(piece.n, t) + piece.p * x.sp : outside.data();
+          for (int64_t i = 0; i < piece.length; ++i) from[g][piece.at + i] = inside ? in + i * x.sp : in;
+        }
+      });
+      for (int g = 0; g < 3; ++g) std::fill_n(from[g] + (q1 - q0), rows, from[g][q1 - q0 - 1]);
+      for (int64_t k0 = 0; k0 < x.C; k0 += kDepth) {
+        const int64_t k1 = std::min(x.C, k0 + kDepth);
+        const bool first = k0 == 0, last = k1 == x.C;
+        for (int64_t c0 = 0; c0 < Cout; c0 += columns) {
+          const int64_t width = std::min<int64_t>(columns, Cout - c0);
+          const scalar* bias = epilogue.bias + c0;
+          const auto start = [bias](int64_t j) TEMPOPS_INLINE { return bias[j]; };
+          for (int64_t q = 0; q < q1 - q0; q += rows) {
+            scalar sum[rows][columns] = {};
+            for (int g = 0; g < 3; ++g) {
+              const int64_t lo = std::max(k0, groups[g].begin), hi = std::min(k1, groups[g].end);
+              const scalar* row[rows];
+              for (int i = 0; i < rows; ++i) row[i] = from[g][q + i] + lo;
+              multiply_add(sum, row, 1, packed + c0 * x.C + lo * columns, columns, hi - lo);
+            }
+            for (int64_t i = 0; i < std::min<int64_t>(rows, q1 - q0 - q); ++i) {
+              if (width == columns)
+                put(to[q + i] + c0, sum[i], columns, start, epilogue, first, last);
+              else
+                put(to[q + i] + c0, sum[i], width, start, epilogue, first, last);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+template <bool wide, bool narrow, class scalar>
+void convolve(const Clip& y, const Clip& x, const Weight<scalar>& weight, const Epilogue<scalar>& epilogue,
+              const Shift& shift) {
+  constexpr int rows = Tile<scalar, wide>::rows;
+  constexpr int columns = Tile<scalar, wide && !narrow>::columns;
+  const int64_t width = x.channels_last ? columns : rows;
+  const Tensor buffer =
+      torch::stable::new_empty(x.tensor, std::array<int64_t, 1>{(y.C + width - 1) / width * width * x.C});
+  scalar* packed = static_cast<scalar*>(buffer.data_ptr());
+  if (x.channels_last) {
+    pack_weight<columns>(packed, weight, y.C, x.C);
+    convolve_channels_last<rows, columns, scalar>(y, x, packed, epilogue, shift);
+  } else {
+    pack_weight<rows>(packed, weight, y.C, x.C);
+    convolve_planar<rows, columns, scalar>(y, x, packed, epilogue, shift);
+  }
+}
+
+// Where the fused product was measured faster than a shift and ATen's convolution: while a core's second-level cache
+// holds the weights. Half types and processors without wide registers are left to ATen.
+bool is_fused(const Clip& x, int64_t Cout) {
+  const bool half = x.dtype == ScalarType::Half || x.dtype == ScalarType::BFloat16;
+  return !half && isa() != Isa::baseline && x.C * Cout <= (1 << 18) && x.C > 0;
+}
+
+// y = W shift(x) + bias, clamped. `transposed` reads weight [C, Cout] as its transpose.
+void convolve(const Clip& y, const Clip& x, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
+              const Shift& shift, bool transposed = false) {
+  const auto typed = [&](auto* type) {
+    using scalar = std::remove_pointer_t<decltype(type)>;
+    const std::vector<scalar> zeros(bias ? 0 : y.C);
+    const Epilogue<scalar> epilogue{bias ? static_cast<const scalar*>(bias->data_ptr()) : zeros.data(),
+                                    relu ? scalar(0) : -std::numeric_limits<scalar>::infinity()};
+    const Weight<scalar> w{static_cast<const scalar*>(weight.data_ptr()), transposed ? 1 : x.C, transposed ? y.C : 1};
+    if (isa() != Isa::avx512)
+      convolve<false, true>(y, x, w, epilogue, shift);
+    else if (x.channels_last && y.C <= Tile<scalar, false>::columns)
+      convolve<true, true>(y, x, w, epilogue, shift);
+    else
+      convolve<true, false>(y, x, w, epilogue, shift);
+  };
+  x.dtype == ScalarType::Double ? typed(static_cast<double*>(nullptr)) : typed(static_cast<float*>(nullptr));
+}
+
+// A dense tensor of clips as 4-D: a 1x1 convolution does not mind which frame a pixel is of.
+Tensor flat(const Tensor& x) {
+  if (x.dim() == 4) return x;
+  return torch::stable::view(x, std::array<int64_t, 4>{x.size(0), x.size(1), x.size(2) * x.size(3), x.size(4)});
+}
+
+// What ATen made of flat(x), as clips like `x` with C channels. ATen chooses the strides of sides of 1 by other rules.
+Clip unflattened(const Tensor& out, const Clip& x, int64_t C) {
+  const int64_t T = x.T, H = x.H, W = x.W, P = x.P;
+  std::vector<int64_t> sizes{x.N * T, C, H, W}, strides{C * P, P, W, 1};
+  if (x.channels_last) strides = {C * P, 1, W * C, C};
+  if (x.rank == 5) {
+    sizes = {x.N, C, T, H, W};
+    strides = x.channels_last ? std::vector<int64_t>{T * C * P, 1, C * P, W * C, C}
+                              : std::vector<int64_t>{C * T * P, T * P, P, W, 1};
+  }
+  const Tensor dense = torch::stable::contiguous(out, memory_format(4, x.channels_last));
+  return detail::view(aten("aten::as_strided", "", dense, sizes, strides, std::optional<int64_t>()), T, x.channels_last);
+}
+
+// A 1x1 convolution's geometry, in the order of ATen's arguments.
+const std::vector<int64_t> kOne{1, 1}, kNone{0, 0};
+
+Tensor convolution(const Clip& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return aten("aten::convolution", "", flat(x.tensor), weight, bias, kOne, kNone, kOne, false, kNone, int64_t(1));
+}
+
+// The weight as [Cout, C, 1, 1].
+Tensor read_weight(const Tensor& weight, const Tensor& like, int64_t Cout, int64_t C) {
+  TEMPOPS_CHECK(C >= 1, "x must have at least 1 channel");
+  TEMPOPS_CHECK(weight.dim() >= 2 && weight.size(0) == Cout && weight.size(1) == C && weight.numel() == Cout * C,
+                "weight must be [Cout, C, 1, 1] with C = ", C);
+  return torch::stable::view(dense_argument(weight, like, "weight"), std::array<int64_t, 4>{Cout, C, 1, 1});
+}
+
+Tensor shift_conv1x1(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, Segments n_segment,
+                     int64_t fold_div, const std::string& mode, const std::optional<std::string>& activation) {
+  const Clip x = clips(x_, n_segment);
+  const Shift shift = shift_of(x.C, fold_div, mode);
+  TEMPOPS_CHECK(weight_.dim() >= 1, "weight must be [Cout, C, 1, 1] with C = ", x.C);
+  const int64_t Cout = weight_.size(0);
+  const Tensor weight = read_weight(weight_, x_, Cout, x.C);
+  TEMPOPS_CHECK(!activation || *activation == "relu", "activation must be None or 'relu', got '", *activation, "'");
+  std::optional<Tensor> bias;
+  if (bias_) {
+    bias = dense_argument(*bias_, x_, "bias");
+    TEMPOPS_CHECK(bias->dim() == 1 && bias->size(0) == Cout, "bias must be [", Cout, "]");
+  }
+  if (x.empty() || Cout == 0 || is_fused(x, Cout)) {
+    const Clip y = empty_clips(x, x.T, Cout, x.H, x.W);
+    if (!y.empty()) convolve(y, x, weight, bias, activation.has_value(), shift);
+    return y.tensor;
+  }
+  const Tensor out = convolution(clips_like(shifted(x, shift), x, "x"), weight, bias);
+  return unflattened(activation ? aten("aten::relu_", "", out) : out, x, Cout).tensor;
+}
+
+// dx = shift^T(W^T dy): the shift's transpose moves the few channels where they lie.
+Tensor input_gradient(const Clip& dy, const Tensor& weight, const Shift& shift) {
+  const int64_t C = weight.size(1);
+  const bool by_product = dy.empty() || is_fused(dy, C);
+  const Clip dx = by_product ? empty_clips(dy, dy.T, C, dy.H, dy.W)
+                             : unflattened(convolution(dy, torch::stable::transpose(weight, 0, 1), std::nullopt), dy, C);
+  if (dy.C == 0) torch::stable::zero_(const_cast<Tensor&>(dx.tensor));
+  if (dy.empty()) return dx.tensor;
+  if (by_product) convolve(dx, dy, weight, std::nullopt, false, Shift{0, 0, 0}, true);
+  shift_in_place(dx, shift.transposed());
+  return dx.tensor;
+}
+
+// The transposes: dx where `weight` is given, dweight [Cout, C] = dy shift(x)^T where `x` is given, and dbias, the sum of
+// dy over clips, frames and pixels. `channels_last` is x's layout.
+std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, const std::optional<Tensor>& x_,
+                                                          const std::optional<Tensor>& weight, Segments n_segment,
+                                                          int64_t fold_div, const std::string& mode,
+                                                          bool channels_last, bool need_bias) {
+  Clip like{};
+  like.dtype = grad.scalar_type();
+  like.rank = grad.dim();
+  like.channels_last = channels_last;
+  const Clip dy = clips(grad, n_segment, "grad", &like);
+  Tensor dx = no_gradient(grad), dweight = no_gradient(grad), dbias = no_gradient(grad);
+  if (weight) {
+    TEMPOPS_CHECK(weight->dim() >= 2, "weight must be [Cout, C, 1, 1]");
+    const int64_t C = weight->size(1);
+    dx = input_gradient(dy, read_weight(*weight, grad, dy.C, C), shift_of(C, fold_div, mode));
+  }
+  if (x_) {
+    const Clip x = clips(*x_, n_segment, "x", &like);
+    TEMPOPS_CHECK(x.N == dy.N && x.T == dy.T && x.H == dy.H && x.W == dy.W, "grad has the wrong shape");
+    TEMPOPS_CHECK(x_->device() == grad.device(), "x must be on grad's device");
+    if (x.empty() || dy.empty()) {
+      dweight = torch::stable::new_zeros(grad, std::array<int64_t, 2>{dy.C, x.C});
+    } else {
+      const Tensor unread = torch::stable::new_empty(grad, std::array<int64_t, 4>{dy.C, x.C, 1, 1});
+      const std::array<bool, 3> wanted{false, true, need_bias};
+      const auto gradients = call_aten<3>(
+          "aten::convolution_backward", "", flat(dy.tensor), flat(shifted(x, shift_of(x.C, fold_div, mode))), unread,
+          std::optional(std::vector<int64_t>{dy.C}), kOne, kNone, kOne, false, kNone, int64_t(1),
+          torch::headeronly::HeaderOnlyArrayRef<bool>(wanted));
+      dweight = torch::stable::view(torch::stable::contiguous(gradients[1]), std::array<int64_t, 2>{dy.C, x.C});
+      if (need_bias) return {dx, dweight, gradients[2]};
+    }
+  }
+  if (need_bias)
+    dbias = aten("aten::sum", "dim_IntList", flat(dy.tensor), std::optional(std::vector<int64_t>{0, 2, 3}), false,
+                 std::optional<ScalarType>());
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tempops, m) {
+  m.def(
+      "shift_conv1x1(Tensor x, Tensor weight, Tensor? bias=None, int? n_segment=None, int fold_div=8, "
+      "str mode='bidirectional', str? activation=None) -> Tensor");
+  m.def(
+      "shift_conv1x1_backward(Tensor grad, Tensor? x, Tensor? weight, int? n_segment, int fold_div, str mode, "
+      "bool channels_last, bool need_bias) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tempops, CPU, m) {
+  m.impl("shift_conv1x1", TORCH_BOX(&shift_conv1x1));
+  m.impl("shift_conv1x1_backward", TORCH_BOX(&shift_conv1x1_backward));
+}
+
+}  // namespace tempops

@@ -1,0 +1,14 @@
+// temporal_shift for other CPU ops.
+#pragma once
+
+#include "math.h"
+
+namespace tempops {
+
+// x with its channels moved, in a new tensor of x's layout.
+Tensor shifted(const Clip& x, const Shift& shift);
+
+// The same in place, touching only the channels that move.
+void shift_in_place(const Clip& x, const Shift& shift);
+
+}  // namespace tempops
