@@ -5,6 +5,7 @@ The tests run every property over every case, the benchmarks time every case: a 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -16,6 +17,23 @@ Make = Callable[..., Tensor]
 
 def nothing(shape: Shape, make: Make) -> tuple:
     return ()
+
+
+def two_like_x(shape: Shape, make: Make) -> tuple:
+    n, t, c, h, w = shape
+    return make(n * t, c, h, w), make(n * t, c, h, w)
+
+
+def motion_attention(x: Tensor, n_segment: int | None, *logits: Tensor, centered: bool = False) -> Tensor:
+    if x.dim() == 5:
+        logits = (a.unflatten(0, (x.size(0), x.size(2))).transpose(1, 2) for a in logits)
+    return tempops.motion_attention(x, *logits, centered)
+
+
+def squeeze_and_expand(shape: Shape, make: Make) -> tuple:
+    n, t, c, h, w = shape
+    r = -(-c // 8)
+    return make(r, c), make(r, c), make(c, r)
 
 
 @dataclass(frozen=True)
@@ -66,4 +84,22 @@ CASES = [
          lambda s, make: (make(s.N, s.C, 5), make(s.N * s.T, s.C)), reach=2, benchmark=False),
     Case("temporal_conv-long", lambda x, t, w: tempops.temporal_conv(x, w, t), lambda s, make: (make(1, 7),),
          reach=3, benchmark=False),
+    Case("motion_enhance", tempops.motion_enhance, least_frames=2),
+    Case("motion_enhance-wide", lambda x, t: tempops.motion_enhance(x, t, 5), least_frames=2, benchmark=False),
+    Case("temporal_cosine_similarity", tempops.temporal_cosine_similarity, least_frames=2),
+    Case("cosine_gate", tempops.cosine_gate, rereads=1, least_frames=2),
+    Case("bidirectional_difference", lambda x, t, w: tempops.bidirectional_difference(x, w, t),
+         lambda s, make: (make(s.C, 1, 3, 3),)),
+    Case("bidirectional_difference-neighbor", lambda x, t, w: tempops.bidirectional_difference(x, w, t, True),
+         lambda s, make: (make(s.C, 1, 3, 3),), benchmark=False),
+    Case("motion_attention", motion_attention, two_like_x),
+    Case("motion_attention-centered", partial(motion_attention, centered=True), two_like_x, benchmark=False),
+    Case("frame_difference", lambda x, t: tempops.frame_difference(x, 5), linear=True, ranks=(4,), channel_divisor=5,
+         reach=0, activations=("15x224",)),
+    Case("channel_motion_gate", lambda pooled, t, w1, w2, w3: tempops.channel_motion_gate(pooled, w1, w2, w3, t),
+         squeeze_and_expand, ranks=(2,), reach=None, from_activation=lambda a: a.mean((2, 3)), matmul=True),
+    Case("shift_conv1x1", lambda x, t, w: tempops.shift_conv1x1(x, w, None, t),
+         lambda s, make: (make(max(1, s.C // 4), s.C, 1, 1),), autocasts=True, matmul=True),
+    Case("shift_conv1x1-relu", lambda x, t, w, b: tempops.shift_conv1x1(x, w, b, t, 4, "reversed", "relu"),
+         lambda s, make: (make(s.C, s.C, 1, 1), make(s.C)), autocasts=True, benchmark=False, matmul=True),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The ops: one module each, with docstring, eager reference, fake, derivative and public function."""
 
+from .bidirectional_difference import bidirectional_difference
 from .channel_motion_gate import channel_motion_gate
 from .cosine_gate import cosine_gate
 from .frame_difference import frame_difference
@@ -11,6 +12,7 @@ from .temporal_cosine_similarity import temporal_cosine_similarity
 from .temporal_shift import temporal_shift, temporal_shift_
 
 __all__ = [
+    "bidirectional_difference",
     "channel_motion_gate",
     "cosine_gate",
     "frame_difference",
