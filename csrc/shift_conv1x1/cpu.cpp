@@ -270,8 +270,9 @@ Clip unflattened(const Tensor& out, const Clip& x, int64_t C) {
 // A 1x1 convolution's geometry, in the order of ATen's arguments.
 const std::vector<int64_t> kOne{1, 1}, kNone{0, 0};
 
-Tensor convolution(const Clip& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return aten("aten::convolution", "", flat(x.tensor), weight, bias, kOne, kNone, kOne, false, kNone, int64_t(1));
+int64_t channels_of(const Tensor& x) {
+  TEMPOPS_CHECK(x.dim() >= 2, "x must be [N*T, C, H, W] and weight [Cout, C, 1, 1]");
+  return x.size(1);
 }
 
 // The weight as [Cout, C, 1, 1].
@@ -300,27 +301,15 @@ Tensor shift_conv1x1(const Tensor& x_, const Tensor& weight_, const std::optiona
     if (!y.empty()) convolve(y, x, weight, bias, activation.has_value(), shift);
     return y.tensor;
   }
-  const Tensor out = convolution(clips_like(shifted(x, shift), x, "x"), weight, bias);
+  const Tensor out = aten("aten::convolution", "", flat(shifted(x, shift)), weight, bias, kOne, kNone, kOne, false, kNone,
+                          int64_t(1));
   return unflattened(activation ? aten("aten::relu_", "", out) : out, x, Cout).tensor;
 }
 
-// dx = shift^T(W^T dy): the shift's transpose moves the few channels where they lie.
-Tensor input_gradient(const Clip& dy, const Tensor& weight, const Shift& shift) {
-  const int64_t C = weight.size(1);
-  const bool by_product = dy.empty() || is_fused(dy, C);
-  const Clip dx = by_product ? empty_clips(dy, dy.T, C, dy.H, dy.W)
-                             : unflattened(convolution(dy, torch::stable::transpose(weight, 0, 1), std::nullopt), dy, C);
-  if (dy.C == 0) torch::stable::zero_(const_cast<Tensor&>(dx.tensor));
-  if (dy.empty()) return dx.tensor;
-  if (by_product) convolve(dx, dy, weight, std::nullopt, false, Shift{0, 0, 0}, true);
-  shift_in_place(dx, shift.transposed());
-  return dx.tensor;
-}
-
-// The transposes: dx where `weight` is given, dweight [Cout, C] = dy shift(x)^T where `x` is given, and dbias, the sum of
-// dy over clips, frames and pixels. `channels_last` is x's layout.
+// The transposes: dx = shift^T(W^T dy) where `weight` is given, dweight [Cout, C] = dy shift(x)^T where `x` is given, and
+// dbias, the sum of dy over clips, frames and pixels. `channels_last` is x's layout.
 std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, const std::optional<Tensor>& x_,
-                                                          const std::optional<Tensor>& weight, Segments n_segment,
+                                                          const std::optional<Tensor>& weight_, Segments n_segment,
                                                           int64_t fold_div, const std::string& mode,
                                                           bool channels_last, bool need_bias) {
   Clip like{};
@@ -329,31 +318,49 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, co
   like.channels_last = channels_last;
   const Clip dy = clips(grad, n_segment, "grad", &like);
   Tensor dx = no_gradient(grad), dweight = no_gradient(grad), dbias = no_gradient(grad);
-  if (weight) {
-    TEMPOPS_CHECK(weight->dim() >= 2, "weight must be [Cout, C, 1, 1]");
-    const int64_t C = weight->size(1);
-    dx = input_gradient(dy, read_weight(*weight, grad, dy.C, C), shift_of(C, fold_div, mode));
-  }
-  if (x_) {
-    const Clip x = clips(*x_, n_segment, "x", &like);
-    TEMPOPS_CHECK(x.N == dy.N && x.T == dy.T && x.H == dy.H && x.W == dy.W, "grad has the wrong shape");
-    TEMPOPS_CHECK(x_->device() == grad.device(), "x must be on grad's device");
-    if (x.empty() || dy.empty()) {
-      dweight = torch::stable::new_zeros(grad, std::array<int64_t, 2>{dy.C, x.C});
-    } else {
-      const Tensor unread = torch::stable::new_empty(grad, std::array<int64_t, 4>{dy.C, x.C, 1, 1});
-      const std::array<bool, 3> wanted{false, true, need_bias};
-      const auto gradients = call_aten<3>(
-          "aten::convolution_backward", "", flat(dy.tensor), flat(shifted(x, shift_of(x.C, fold_div, mode))), unread,
-          std::optional(std::vector<int64_t>{dy.C}), kOne, kNone, kOne, false, kNone, int64_t(1),
-          torch::headeronly::HeaderOnlyArrayRef<bool>(wanted));
-      dweight = torch::stable::view(torch::stable::contiguous(gradients[1]), std::array<int64_t, 2>{dy.C, x.C});
-      if (need_bias) return {dx, dweight, gradients[2]};
-    }
-  }
   if (need_bias)
     dbias = aten("aten::sum", "dim_IntList", flat(dy.tensor), std::optional(std::vector<int64_t>{0, 2, 3}), false,
                  std::optional<ScalarType>());
+  if (!x_ && !weight_) return {dx, dweight, dbias};
+
+  const int64_t Cout = dy.C, C = x_ ? channels_of(*x_) : channels_of(*weight_);
+  const Shift shift = shift_of(C, fold_div, mode);
+  std::optional<Clip> x;
+  if (x_) {
+    x = clips(*x_, n_segment, "x", &like);
+    TEMPOPS_CHECK(x->N == dy.N && x->T == dy.T && x->H == dy.H && x->W == dy.W, "grad has the wrong shape");
+    TEMPOPS_CHECK(x_->device() == grad.device(), "x must be on grad's device");
+  }
+  // Where nobody reads the weight or x, ATen's convolution wants one nevertheless.
+  const Tensor weight = weight_ ? read_weight(*weight_, grad, Cout, C)
+                                : torch::stable::new_empty(grad, std::array<int64_t, 4>{Cout, C, 1, 1});
+  if (dy.empty()) {
+    Clip zeros = empty_clips(dy, dy.T, C, dy.H, dy.W);
+    if (weight_) dx = torch::stable::zero_(zeros.tensor);
+    if (x_) dweight = torch::stable::new_zeros(grad, std::array<int64_t, 2>{Cout, C});
+    return {dx, dweight, dbias};
+  }
+  const bool by_product = weight_ && is_fused(dy, C);
+  if (by_product) {
+    const Clip moved = empty_clips(dy, dy.T, C, dy.H, dy.W);
+    convolve(moved, dy, weight, std::nullopt, false, Shift{0, 0, 0}, true);
+    shift_in_place(moved, shift.transposed());  // only the few channels that move
+    dx = moved.tensor;
+  }
+  const bool by_aten = weight_ && !by_product;
+  if (by_aten || x) {
+    const Tensor source = x ? shifted(*x, shift) : empty_clips(dy, dy.T, C, dy.H, dy.W).tensor;
+    const std::array<bool, 3> wanted{by_aten, x.has_value(), false};
+    const auto gradients = call_aten<3>("aten::convolution_backward", "", flat(dy.tensor), flat(source), weight,
+                                        std::optional<std::vector<int64_t>>(), kOne, kNone, kOne, false, kNone,
+                                        int64_t(1), torch::headeronly::HeaderOnlyArrayRef<bool>(wanted));
+    if (by_aten) {
+      const Clip moved = unflattened(gradients[0], dy, C);
+      shift_in_place(moved, shift.transposed());
+      dx = moved.tensor;
+    }
+    if (x) dweight = torch::stable::view(torch::stable::contiguous(gradients[1]), std::array<int64_t, 2>{Cout, C});
+  }
   return {dx, dweight, dbias};
 }
 
