@@ -25,15 +25,13 @@ def two_like_x(shape: Shape, make: Make) -> tuple:
 
 
 def motion_attention(x: Tensor, n_segment: int | None, *logits: Tensor, centered: bool = False) -> Tensor:
-    if x.dim() == 5:
-        logits = (a.unflatten(0, (x.size(0), x.size(2))).transpose(1, 2) for a in logits)
     return tempops.motion_attention(x, *logits, centered)
 
 
 def squeeze_and_expand(shape: Shape, make: Make) -> tuple:
     n, t, c, h, w = shape
     r = -(-c // 8)
-    return make(r, c), make(r, c), make(c, r)
+    return make(r, c) / c**0.5, make(r, c) / c**0.5, make(c, r) / r**0.5
 
 
 @dataclass(frozen=True)
@@ -101,5 +99,5 @@ CASES = [
     Case("shift_conv1x1", lambda x, t, w: tempops.shift_conv1x1(x, w, None, t),
          lambda s, make: (make(max(1, s.C // 4), s.C, 1, 1),), autocasts=True, matmul=True),
     Case("shift_conv1x1-relu", lambda x, t, w, b: tempops.shift_conv1x1(x, w, b, t, 4, "reversed", "relu"),
-         lambda s, make: (make(s.C, s.C, 1, 1), make(s.C)), autocasts=True, benchmark=False, matmul=True),
+         lambda s, make: (make(s.C, s.C, 1, 1), make(s.C)), reach=2, autocasts=True, benchmark=False, matmul=True),
 ]  # fmt: skip

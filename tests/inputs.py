@@ -88,7 +88,10 @@ def make(case: Case, shape: Shape, layout: str, dtype: torch.dtype = torch.float
         x = FLAT_LAYOUTS[layout](draw(n * t, c))
     else:
         x = LAYOUTS[layout](draw(n * t, c, h, w), n, t)
-    others = [other.requires_grad_() for other in case.others(shape, draw)]
+    others = [
+        (LAYOUTS[layout](other, n, t) if other.shape == (n * t, c, h, w) else other).requires_grad_()
+        for other in case.others(shape, draw)
+    ]
     return x.requires_grad_(), None if layout.startswith("five") else t, *others
 
 
