@@ -134,12 +134,18 @@ TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
 
 template <class scalar, class element, class F>
 TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const Block& b, int64_t t, int64_t first, int64_t last,
-                                     const F& convert) {
+                                     const F& convert, const scalar* ahead = nullptr) {
   const scalar* frame = x.frame<scalar>(b.n, t);
   each_run(x, x, b, first, last, [&](int64_t from, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
     const scalar* __restrict src = frame + from;
     element* __restrict dst = to + at;
-    each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
+    for (int64_t i = 0; i + 16 <= count; i += 16) {
+      __builtin_prefetch(src + i + x.st);
+      if (ahead) __builtin_prefetch(ahead + from + i, 1);
+      _Pragma("omp simd") for (int64_t lane = 0; lane < 16; ++lane) dst[i + lane] = convert(load(src[i + lane]));
+    }
+    for (int64_t i = count / 16 * 16; i < count; ++i) dst[i] = convert(load(src[i]));
+    if (0) each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
   });
 }
 
@@ -164,33 +170,32 @@ struct Rows {
 template <int K, bool maxima, bool offsets, class word, class Line>
 TEMPOPS_INLINE inline void line_maximum(word* __restrict best, word* __restrict won, const word* __restrict keys,
                                         Line line, int64_t radius, int64_t step, int64_t n) {
-  const auto key = [&](int64_t p, word d) TEMPOPS_INLINE {
-    return line.inside(p, d) ? keys[p + d * step] : kOutside<word>;
-  };
-  const auto next = [&](word& maximum, word& winner, int64_t p, word d) TEMPOPS_INLINE {
-    const word candidate = key(p, d);
-    if constexpr (offsets) winner = (candidate > maximum) | (candidate == kNaN<word>) ? d : winner;
-    maximum = std::max(maximum, candidate);
-  };
   if constexpr (K == 3) {
     _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-      word maximum = key(p, -1), winner = -1;
-      next(maximum, winner, p, 0);
-      next(maximum, winner, p, 1);
-      if constexpr (maxima) best[p] = maximum;
-      if constexpr (offsets) won[p] = winner;
+      word a = keys[p - step], b = keys[p], c = keys[p + step];
+      a = line.inside(p, -1) ? a : kOutside<word>;
+      c = line.inside(p, 1) ? c : kOutside<word>;
+      const word ab = b > a ? b : a;
+      if constexpr (maxima) best[p] = c > ab ? c : ab;
+      if constexpr (offsets) won[p] = (c > ab) | (c == kNaN<word>) ? 1 : (b > a) | (b == kNaN<word>) ? 0 : -1;
     }
   } else {
     const word first = -radius;
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) best[p] = key(p, first);
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+      const word a = keys[p + first * step];
+      best[p] = line.inside(p, first) ? a : kOutside<word>;
+    }
     if constexpr (offsets) std::fill_n(won, n, first);
     for (word d = first + 1; d <= radius; ++d) {
       _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-        word maximum = best[p], winner = 0;
-        if constexpr (offsets) winner = won[p];
-        next(maximum, winner, p, d);
-        best[p] = maximum;
-        if constexpr (offsets) won[p] = winner;
+        const word a = best[p];
+        word b = keys[p + d * step];
+        b = line.inside(p, d) ? b : kOutside<word>;
+        if constexpr (offsets) {
+          const word before = won[p];
+          won[p] = (b > a) | (b == kNaN<word>) ? d : before;
+        }
+        best[p] = b > a ? b : a;
       }
     }
   }
@@ -201,15 +206,22 @@ template <int K, class acc>
 TEMPOPS_INLINE inline void line_sum(acc* __restrict sum, const word_t<acc>* __restrict won,
                                     const acc* __restrict values, int64_t radius, int64_t step, int64_t n) {
   using word = word_t<acc>;
-  const auto term = [&](int64_t p, word d) TEMPOPS_INLINE {
-    return won[p - d * step] == d ? values[p - d * step] : acc(0);
-  };
   if constexpr (K == 3) {
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) sum[p] = term(p, -1) + term(p, 0) + term(p, 1);
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+      // Values are read whether wanted or not: what follows is then free of branches.
+      acc a = values[p + step], b = values[p], c = values[p - step];
+      a = won[p + step] == -1 ? a : acc(0);
+      b = won[p] == 0 ? b : acc(0);
+      c = won[p - step] == 1 ? c : acc(0);
+      sum[p] = a + b + c;
+    }
   } else {
     std::fill_n(sum, n, acc(0));
     for (word d = -radius; d <= radius; ++d) {
-      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) sum[p] += term(p, d);
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+        const acc a = values[p - d * step];
+        sum[p] += won[p - d * step] == d ? a : acc(0);
+      }
     }
   }
 }
@@ -220,7 +232,10 @@ TEMPOPS_INLINE inline void line_select(acc* __restrict taken, const word_t<acc>*
                                        const acc* __restrict values, int64_t radius, int64_t step, int64_t n) {
   using word = word_t<acc>;
   for (word d = -radius; d <= radius; ++d) {
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) taken[p] = won[p] == d ? values[p + d * step] : taken[p];
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+      const acc a = values[p + d * step], b = taken[p];
+      taken[p] = won[p] == d ? a : b;
+    }
   }
 }
 
@@ -300,7 +315,7 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
       fill_outside(along_row, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); }, y.frame<scalar>(b.n, t - 1));
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, false, word>(along_row + p, nullptr, keys + p, columns, radius, b.along, n);
         };
