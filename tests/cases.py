@@ -29,9 +29,9 @@ def motion_attention(x: Tensor, n_segment: int | None, *logits: Tensor, centered
 
 
 def squeeze_and_expand(shape: Shape, make: Make) -> tuple:
-    n, t, c, h, w = shape
-    r = -(-c // 8)
-    return make(r, c) / c**0.5, make(r, c) / c**0.5, make(c, r) / r**0.5
+    reduced = -(-shape.C // 8)
+    squeeze = (reduced, shape.C)
+    return make(*squeeze) / shape.C**0.5, make(*squeeze) / shape.C**0.5, make(shape.C, reduced) / reduced**0.5
 
 
 @dataclass(frozen=True)

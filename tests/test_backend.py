@@ -1,4 +1,4 @@
-"""The choice of back end, and what users of PyTorch do with an op: export it, compile it, send it past 2^31 elements."""
+"""The choice of back end, and what users do with an op: export it, compile it, send it past 2^31 elements."""
 
 import io
 import os

@@ -101,7 +101,7 @@ def test_derivatives(case, backend):
         fast = backend == "eager" or layout != "contiguous"
         with tempops.backend(backend):
 
-            def call(x, *others):
+            def call(x, *others, n_segment=n_segment):
                 return case.call(x, n_segment, *others)
 
             assert torch.autograd.gradcheck(call, (x, *others), fast_mode=fast)
@@ -277,7 +277,7 @@ def test_gradients_in_another_layout(case, backend):
     """A contiguous gradient of a channels_last output, the reverse, and one with strides of its own."""
     for layout in [name for name in layouts(case) if name in ("contiguous", "channels_last", "five_channels_last")]:
         inputs = make(case, BASE, layout)
-        outs, dins, grads = run(case, backend, *inputs)
+        _, dins, grads = run(case, backend, *inputs)
         for other in (lambda g: g.contiguous(), lambda g: g.transpose(-1, -3).contiguous().transpose(-1, -3)):
             _, again, _ = run(case, backend, *inputs, grads=[other(g) if g.dim() > 2 else g for g in grads])
             assert all(torch.equal(a, b) for a, b in zip(dins, again))

@@ -11,7 +11,6 @@ from ._contract import (
     check_shape,
     check_tensor,
     empty_clips,
-    from_clips,
     register,
     to_clips,
 )

@@ -4,8 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._contract import Op, check_choice, check_clips, check_int, check_shape, check_tensor, empty_clips
-from ._contract import is_channels_last, register
+from ._contract import (
+    Op,
+    check_choice,
+    check_clips,
+    check_int,
+    check_shape,
+    check_tensor,
+    empty_clips,
+    is_channels_last,
+    register,
+)
 from .temporal_shift import MODES
 from .temporal_shift import _reference as _shift_reference
 

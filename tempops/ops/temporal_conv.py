@@ -1,6 +1,5 @@
 """Temporal convolution: every channel is filtered along time, optionally gated first (TIM, LTS, TEFE, TAM)."""
 
-import torch
 from torch import Tensor
 
 from ._contract import (
