@@ -18,6 +18,10 @@ def nothing(shape: Shape, make: Make) -> tuple:
     return ()
 
 
+def kernels_3x3(shape: Shape, make: Make) -> tuple:
+    return (make(shape.C, 1, 3, 3),)
+
+
 @dataclass(frozen=True)
 class Case:
     """`call(x, n_segment, *others)` runs the op; x is a tensor of clips unless `make_x` says otherwise.
@@ -47,5 +51,12 @@ CASES = [
     Case("temporal_shift-reversed", lambda x, t: tempops.temporal_shift(x, t, 4, "reversed"), moves=True, linear=True,
          benchmark=False),
     Case("temporal_shift-causal", lambda x, t: tempops.temporal_shift(x, t, 8, "causal"), moves=True, linear=True,
+         benchmark=False),
+    Case("motion_enhance", tempops.motion_enhance, least_frames=2),
+    Case("motion_enhance-5", lambda x, t: tempops.motion_enhance(x, t, 5), least_frames=2, benchmark=False),
+    Case("bidirectional_difference", lambda x, t, weight: tempops.bidirectional_difference(x, weight, t),
+         others=kernels_3x3),
+    Case("bidirectional_difference-neighbor_first",
+         lambda x, t, weight: tempops.bidirectional_difference(x, weight, t, True), others=kernels_3x3,
          benchmark=False),
 ]
