@@ -54,16 +54,18 @@ struct Tile {
       }
     }
   }
-  // Copies the tile from a frame into one run, times `factor` (null for 1).
+  // Copies the tile from a frame into one run, times the factor of each channel (null for none).
   template <class scalar>
   TEMPOPS_INLINE void read(acc_t<scalar>* __restrict out, const scalar* in, int64_t step,
                            const acc_t<scalar>* factor) const {
     for (int64_t r = 0; r < rows; ++r, in += step, out += length) {
-      if (factor) {
-        const acc_t<scalar>* by = factor + r * length;
-        _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = load(in[i]) * by[i];
-      } else {
+      if (!factor) {
         _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = load(in[i]);
+      } else if (channels_last) {
+        _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = load(in[i]) * factor[i];
+      } else {
+        const acc_t<scalar> by = factor[r];
+        _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = load(in[i]) * by;
       }
     }
   }
@@ -72,11 +74,13 @@ struct Tile {
   TEMPOPS_INLINE void write(scalar* __restrict out, int64_t step, const acc_t<scalar>* in,
                             const acc_t<scalar>* factor) const {
     for (int64_t r = 0; r < rows; ++r, in += length, out += step) {
-      if (factor) {
-        const acc_t<scalar>* by = factor + r * length;
-        _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = store<scalar>(in[i] * by[i]);
-      } else {
+      if (!factor) {
         _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = store<scalar>(in[i]);
+      } else if (channels_last) {
+        _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = store<scalar>(in[i] * factor[i]);
+      } else {
+        const acc_t<scalar> by = factor[r];
+        _Pragma("omp simd") for (int64_t i = 0; i < length; ++i) out[i] = store<scalar>(in[i] * by);
       }
     }
   }

@@ -1,312 +1,462 @@
-// bidirectional_difference on the CPU: forward[t] = x[t] - dw(x[t+1]), backward[t] = x[t] - dw(x[t-1]).
+// bidirectional_difference on the CPU.
 //
-// The 3x3 product of a frame serves both directions, so each frame is filtered once. A strip of rows of a few channels
-// is copied into a buffer with a border of zeros, in which a pixel's eight neighbours are at fixed distances: the filter
-// is one long loop however narrow the plane is, and nothing outside the plane is multiplied.
-//
-// Backward: what reaches the product of frame t is s[t] = forward's gradient at t-1 plus backward's at t+1. Then
-// dx[t] = (forward's + backward's gradient at t) - dw'(s[t]) with the kernel turned by 180 degrees, and
-// dweight[k] = -sum x[t] * s[t] shifted by tap k.
+// The 3x3 product of frame t is computed once and subtracted from frame t - 1 (`forward`) and frame t + 1 (`backward`).
+// A thread keeps a block of a clip in the cache and walks T, so that these frames are there already. Likewise the
+// backward adds up what the two gradients say of the product of frame t, and transposes the product once.
 #include "../cpu.h"
 
 namespace tempops {
 namespace {
 
-constexpr int kTaps = 9;
+constexpr int64_t kTaps = 9;
+constexpr int64_t kLanes = 16;
+// Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
+constexpr int64_t kPlanar = 1024;
+constexpr int64_t kChannelsLast = 32768;
+constexpr int64_t kLeastChannels = 64;
+// Terms that a float32 sum may have before it goes on in float64, and the size of those sums.
+constexpr int64_t kTerms = 256;
+constexpr int64_t kPartials = 65536;
 
-// How a frame is cut into strips of rows of a block of channels: one channel (planar), or as many as a strip holds.
-struct Strips {
-  int64_t channels, rows, channel_blocks, row_blocks;
+int64_t blocks_of(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
 
-  explicit Strips(const Clip& x) {
-    constexpr int64_t kElements = 8192;
-    channels = x.channels_last ? std::min<int64_t>(x.C, 64) : 1;
-    rows = std::clamp<int64_t>(kElements / ((x.W + 1) * channels), std::min<int64_t>(4, x.H), x.H);
-    channel_blocks = (x.C + channels - 1) / channels;
-    row_blocks = (x.H + rows - 1) / rows;
+// How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
+struct Tiling {
+  int64_t channels, rows, channel_blocks, strips;
+
+  explicit Tiling(const Clip& x) {
+    if (x.channels_last) {
+      channels = std::min(x.C, std::max(kLeastChannels, kChannelsLast / x.P / kLanes * kLanes));
+      rows = std::max<int64_t>(4, kChannelsLast / (x.W * channels));
+    } else {
+      channels = std::clamp<int64_t>(kPlanar / x.P, 1, x.C);
+      rows = std::max<int64_t>(4, 4 * kPlanar / x.W);
+    }
+    rows = blocks_of(x.H, blocks_of(x.H, std::min(rows, x.H)));
+    channel_blocks = blocks_of(x.C, channels);
+    strips = blocks_of(x.H, rows);
+  }
+
+  int64_t units(const Clip& x) const {
+    return x.N * strips;
   }
   int64_t work(const Clip& x) const {
     return x.T * channels * rows * x.W;
   }
 };
 
-// One strip of clip n: channels [c, c + channels), rows [h, h + rows).
-struct Strip {
-  int64_t n, c, channels, h, rows, W;
+// Rows [begin, end) of some channels of clip n.
+struct Block {
+  int64_t n, c, channels, begin, end;
 
-  Strip(const Clip& x, const Strips& strips, int64_t n_, int64_t channel_block, int64_t row_block)
-      : n(n_), c(channel_block * strips.channels), channels(std::min(strips.channels, x.C - c)),
-        h(row_block * strips.rows), rows(std::min(strips.rows, x.H - h)), W(x.W) {}
-
-  // Elements from one row of the buffer to the next: W pixels and a zero between them.
-  int64_t row() const {
-    return (W + 1) * channels;
-  }
-  int64_t size() const {
-    return rows * row();
-  }
-  template <class scalar>
-  scalar* at(const Clip& x, int64_t t, int64_t row) const {
-    return x.frame<scalar>(n, t) + c * x.sc + (h + row) * W * x.sp;
-  }
-  // Calls f(frame offset from the row's start, offset from the buffer row's start, count) for each run of a row.
-  template <class F>
-  TEMPOPS_INLINE void each_run(const Clip& x, const F& f) const {
-    if (!x.channels_last) return f(0, 0, W);
-    if (x.sp == channels) return f(0, 0, W * channels);
-    for (int64_t w = 0; w < W; ++w) f(w * x.sp, w * channels, channels);
-  }
+  Block(const Clip& x, const Tiling& tiling, int64_t unit, int64_t channel_block)
+      : n(unit / tiling.strips), c(channel_block * tiling.channels), channels(std::min(tiling.channels, x.C - c)),
+        begin(unit % tiling.strips * tiling.rows), end(std::min(x.H, begin + tiling.rows)) {}
 };
 
-// A strip's rows with a border: row r, pixel w is at interior + r * row + w * channels. A row's right zero is the next
-// row's left one.
-template <class acc>
-struct Padded {
-  Scratch<acc> memory;
-  acc* interior = nullptr;
-
-  Padded(const Clip& x, const Strips& strips) : memory((strips.rows + 2) * (x.W + 1) * strips.channels + 32 + strips.channels) {}
-
-  TEMPOPS_INLINE void clear(const Strip& s) {
-    std::fill(memory.begin(), memory.end(), acc(0));
-    interior = memory.data() + (s.row() + s.channels + 15) / 16 * 16;
+// Calls f(i) for i in [0, n) in loops that vectorise without a remainder, then one by one.
+template <class F>
+TEMPOPS_INLINE inline void each(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane);
   }
-};
-
-template <class acc>
-using Kernel = std::array<const acc*, kTaps>;
-
-// out[i] = sum_k kernel[k][channel] * in[i + offset of tap k] over a strip; the elements between rows come out as junk.
-template <bool one_channel, class acc>
-TEMPOPS_INLINE inline void filter(acc* __restrict out, const acc* __restrict in, const Kernel<acc>& kernel,
-                                  const Strip& s) {
-  const int64_t row = s.row(), step = s.channels;
-  const auto [k0, k1, k2, k3, k4, k5, k6, k7, k8] = kernel;
-  const auto at = [&](const acc* p, const acc* k, int64_t i, int64_t c) TEMPOPS_INLINE {
-    return k[one_channel ? 0 : c] * p[i];
-  };
-  for (int64_t pixel = 0; pixel < (one_channel ? 1 : s.size()); pixel += step) {
-    const acc *above = in + pixel - row, *here = in + pixel, *below = in + pixel + row;
-    acc* to = out + pixel;
-    _Pragma("omp simd") for (int64_t i = 0; i < (one_channel ? s.size() : step); ++i) {
-      to[i] = at(above - step, k0, i, i) + at(above, k1, i, i) + at(above + step, k2, i, i) +
-              at(here - step, k3, i, i) + at(here, k4, i, i) + at(here + step, k5, i, i) + at(below - step, k6, i, i) +
-              at(below, k7, i, i) + at(below + step, k8, i, i);
-    }
-  }
+  for (; i < n; ++i) f(i);
 }
 
-// The kernels of a strip's channels in the accumulation type, tap by tap.
+// The weights as [channel][tap] (planar) or [tap][channel] (channels_last); turned around for the transposed product.
 template <class scalar>
-struct Kernels {
-  using acc = acc_t<scalar>;
-  const scalar* weight;  // [C, 1, 3, 3]
-  bool turned;
-  Scratch<acc> values;
-  Kernel<acc> taps;
-
-  Kernels(const scalar* weight_, bool turned_, int64_t channels)
-      : weight(weight_), turned(turned_), values(kTaps * channels) {}
-
-  void select(const Strip& s) {
+std::vector<acc_t<scalar>> taps_of(const Tensor& weight, const Clip& x, bool transposed) {
+  const scalar* w = static_cast<const scalar*>(weight.data_ptr());
+  std::vector<acc_t<scalar>> taps(x.C * kTaps);
+  for (int64_t c = 0; c < x.C; ++c) {
     for (int64_t k = 0; k < kTaps; ++k) {
-      taps[k] = &values[k * s.channels];
-      for (int64_t c = 0; c < s.channels; ++c)
-        values[k * s.channels + c] = load(weight[(s.c + c) * kTaps + (turned ? kTaps - 1 - k : k)]);
+      taps[x.channels_last ? k * x.C + c : c * kTaps + k] = load(w[c * kTaps + (transposed ? kTaps - 1 - k : k)]);
     }
   }
-  TEMPOPS_INLINE void apply(acc* out, const acc* in, const Strip& s) const {
-    s.channels == 1 ? filter<true>(out, in, taps, s) : filter<false>(out, in, taps, s);
+  return taps;
+}
+
+// A strip of one plane with a row and a pixel more on all sides. Left and right of a row lies another one: `column` tells.
+template <class acc>
+struct Plane {
+  std::vector<acc> memory;
+  acc* data;  // of the strip's first pixel
+
+  Plane(const Clip& x, const Tiling& tiling) : memory((tiling.rows + 2) * x.W + 4 * kLanes) {
+    data = memory.data() + x.W + kLanes;
   }
 };
 
-// to[..] = from[..] (- or +) product, row by row; a null product is zero, a null `from` gives zero.
+// Fills rows [begin - 1, end + 1) of a plane, zero outside, from value(offset in the plane).
+template <class acc, class F>
+TEMPOPS_INLINE inline void fill_plane(acc* plane, const Clip& x, const Block& b, const F& value) {
+  const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1);
+  acc* __restrict dst = plane + (lo - b.begin) * x.W;
+  if (lo == b.begin) std::fill_n(plane - x.W, x.W, acc(0));
+  if (hi == b.end) std::fill_n(plane + (b.end - b.begin) * x.W, x.W, acc(0));
+  const int64_t from = lo * x.W;
+  each((hi - lo) * x.W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
+}
+
+template <class word>
+std::vector<word> columns_of(const Clip& x, const Tiling& tiling) {
+  std::vector<word> column(tiling.rows * x.W + kLanes);
+  for (size_t p = 0; p < column.size(); ++p) column[p] = p % x.W;
+  return column;
+}
+
+template <class acc>
+using word_t = std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t>;
+
+// The 3x3 product of n pixels of a plane, rounded up to whole vectors.
+template <class acc>
+TEMPOPS_INLINE inline void product_planar(acc* __restrict y, const acc* __restrict x, const acc* __restrict w,
+                                          const word_t<acc>* __restrict column, word_t<acc> W, int64_t n) {
+  const acc w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4], w5 = w[5], w6 = w[6], w7 = w[7], w8 = w[8];
+  const acc *above = x - W, *below = x + W;
+  const int64_t end = blocks_of(n, kLanes) * kLanes;
+  _Pragma("omp simd") for (int64_t p = 0; p < end; ++p) {
+    acc left = w0 * above[p - 1] + w3 * x[p - 1] + w6 * below[p - 1];
+    acc right = w2 * above[p + 1] + w5 * x[p + 1] + w8 * below[p + 1];
+    left = column[p] > 0 ? left : acc(0);
+    right = column[p] < W - 1 ? right : acc(0);
+    y[p] = w1 * above[p] + w4 * x[p] + w7 * below[p] + (left + right);
+  }
+}
+
+// The nine elements around a pixel of channels_last rows, zeros outside the plane. `rows` is where row 0 would begin.
+template <class element>
+struct Around {
+  const element* tap[kTaps];
+  bool inside[kTaps];
+
+  TEMPOPS_INLINE Around(const element* rows, const element* zeros, const Clip& x, int64_t sp, int64_t i, int64_t j) {
+    for (int64_t k = 0; k < kTaps; ++k) {
+      const int64_t row = i + k / 3 - 1, column = j + k % 3 - 1;
+      inside[k] = row >= 0 && row < x.H && column >= 0 && column < x.W;
+      tap[k] = inside[k] ? rows + (row * x.W + column) * sp : zeros;
+    }
+  }
+};
+
+// The 3x3 product of one pixel's channel c.
+template <class element, class acc>
+TEMPOPS_INLINE inline acc product_at(const element* const* tap, const acc* w, int64_t C, int64_t c) {
+  const acc above = w[c] * load(tap[0][c]) + w[C + c] * load(tap[1][c]) + w[2 * C + c] * load(tap[2][c]);
+  const acc here = w[3 * C + c] * load(tap[3][c]) + w[4 * C + c] * load(tap[4][c]) + w[5 * C + c] * load(tap[5][c]);
+  const acc below = w[6 * C + c] * load(tap[6][c]) + w[7 * C + c] * load(tap[7][c]) + w[8 * C + c] * load(tap[8][c]);
+  return above + here + below;
+}
+
 template <class scalar>
-TEMPOPS_INLINE inline void difference(const Clip& y, const Clip& x, const Strip& s, int64_t to, int64_t from,
-                                      const acc_t<scalar>* product, bool negated) {
+TEMPOPS_INLINE inline void fill_zero(const Clip& y, const Block& b, int64_t t) {
+  scalar* frame = y.frame<scalar>(b.n, t) + b.c * y.sc + b.begin * y.W * y.sp;
+  const int64_t pixels = (b.end - b.begin) * y.W;
+  if (y.channels_last) {
+    for (int64_t p = 0; p < pixels; ++p) std::fill_n(frame + p * y.sp, b.channels, scalar(0));
+  } else {
+    for (int64_t c = 0; c < b.channels; ++c) std::fill_n(frame + c * y.sc, pixels, scalar(0));
+  }
+}
+
+template <class scalar>
+void difference_planar(const Clip& forward, const Clip& backward, const Clip& x, const Tensor& weight,
+                       acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    scalar* dst_row = s.at<scalar>(y, to, r);
-    const scalar* src_row = s.at<scalar>(x, from, r);
-    const acc* d_row = product + r * s.row();
-    const auto run = [&](int64_t out, int64_t in, int64_t at, int64_t count) TEMPOPS_INLINE {
-      scalar* __restrict dst = dst_row + out;
-      const scalar* src = src_row + in;
-      const acc* d = d_row + at;
-      if (negated)
-        _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) dst[i] = store<scalar>(d[i] - load(src[i]));
-      else
-        _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) dst[i] = store<scalar>(load(src[i]) - d[i]);
+  const Tiling tiling(x);
+  const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
+  const acc* w = taps.data();
+  parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Plane<acc> plane(x, tiling);
+    std::vector<acc> product_memory(tiling.rows * x.W + kLanes);
+    const auto columns = columns_of<word_t<acc>>(x, tiling);
+    acc* __restrict product = product_memory.data();
+    for (int64_t item = first; item < last; ++item) {
+      const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
+      const int64_t begin = b.begin * x.W, count = (b.end - b.begin) * x.W;
+      fill_zero<scalar>(forward, b, x.T - 1);
+      fill_zero<scalar>(backward, b, 0);
+      for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
+        for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+          const scalar* frame = x.frame<scalar>(b.n, t) + c * x.sc;
+          fill_plane(plane.data, x, b, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
+          product_planar<acc>(product, plane.data, w + c * kTaps, columns.data(), x.W, count);
+          const auto subtract = [&](const Clip& y, int64_t other) TEMPOPS_INLINE {
+            scalar* __restrict dst = y.frame<scalar>(b.n, other) + c * y.sc + begin;
+            const scalar* __restrict src = x.frame<scalar>(b.n, other) + c * x.sc + begin;
+            each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (load(src[p]) - product[p])); });
+          };
+          if (t > 0) subtract(forward, t - 1);
+          if (t + 1 < x.T) subtract(backward, t + 1);
+        }
+      }
+    }
+  });
+}
+
+template <class scalar>
+void difference_channels_last(const Clip& forward, const Clip& backward, const Clip& x, const Tensor& weight,
+                              acc_t<scalar> sign) {
+  using acc = acc_t<scalar>;
+  const Tiling tiling(x);
+  const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
+  const std::vector<scalar> zeros(tiling.channels, scalar(0));
+  parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+    for (int64_t item = first; item < last; ++item) {
+      const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
+      const acc* __restrict w = taps.data() + b.c;
+      fill_zero<scalar>(forward, b, x.T - 1);
+      fill_zero<scalar>(backward, b, 0);
+      for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
+        const scalar* rows = x.frame<scalar>(b.n, t) + b.c;
+        // Where there is no such frame, any that can be read will do.
+        const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
+        for (int64_t i = b.begin; i < b.end; ++i) {
+          for (int64_t j = 0; j < x.W; ++j) {
+            const Around<scalar> around(rows, zeros.data(), x, x.sp, i, j);
+            const int64_t p = i * x.W + j;
+            const scalar* __restrict x_past = x.frame<scalar>(b.n, past) + p * x.sp + b.c;
+            const scalar* __restrict x_future = x.frame<scalar>(b.n, future) + p * x.sp + b.c;
+            scalar* __restrict y_past = forward.frame<scalar>(b.n, past) + p * forward.sp + b.c;
+            scalar* __restrict y_future = backward.frame<scalar>(b.n, future) + p * backward.sp + b.c;
+            if (past < t && future > t) {
+              each(b.channels, [&](int64_t c) TEMPOPS_INLINE {
+                const acc product = product_at(around.tap, w, x.C, c);
+                y_past[c] = store<scalar>(sign * (load(x_past[c]) - product));
+                y_future[c] = store<scalar>(sign * (load(x_future[c]) - product));
+              });
+            } else {
+              scalar* __restrict dst = past < t ? y_past : y_future;
+              const scalar* __restrict src = past < t ? x_past : x_future;
+              each(b.channels, [&](int64_t c) TEMPOPS_INLINE {
+                dst[c] = store<scalar>(sign * (load(src[c]) - product_at(around.tap, w, x.C, c)));
+              });
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// What the gradients of both outputs say of the product of frame t and of frame t itself: 0 where they do not read it.
+template <class scalar>
+struct Gradients {
+  const scalar *product_past, *product_future, *frame_forward, *frame_backward;
+
+  TEMPOPS_INLINE Gradients(const Clip& forward, const Clip& backward, int64_t n, int64_t t, int64_t at_forward,
+                           int64_t at_backward) {
+    const auto frame = [&](const Clip& clip, int64_t frame_t, bool there, int64_t at) TEMPOPS_INLINE {
+      return there ? clip.frame<scalar>(n, frame_t) + at : nullptr;
     };
-    if (!x.channels_last) {
-      run(0, 0, 0, s.W);
-    } else if (x.sp == s.channels && y.sp == s.channels) {
-      run(0, 0, 0, s.W * s.channels);
-    } else {
-      for (int64_t w = 0; w < s.W; ++w) run(w * y.sp, w * x.sp, w * s.channels, s.channels);
+    product_past = frame(forward, t - 1, t > 0, at_forward);
+    product_future = frame(backward, t + 1, t + 1 < forward.T, at_backward);
+    frame_forward = frame(forward, t, t + 1 < forward.T, at_forward);
+    frame_backward = frame(backward, t, t > 0, at_backward);
+  }
+};
+
+// Calls f(value) with value(i) = a[i] + b[i], where either may be absent.
+template <class scalar, class F>
+TEMPOPS_INLINE inline void with_sum(const scalar* a, const scalar* b, const F& f) {
+  if (a && b)
+    f([=](int64_t i) TEMPOPS_INLINE { return load(a[i]) + load(b[i]); });
+  else if (a || b)
+    f([one = a ? a : b](int64_t i) TEMPOPS_INLINE { return load(one[i]); });
+  else
+    f([](int64_t) TEMPOPS_INLINE { return acc_t<scalar>(0); });
+}
+
+// sums[tap][lane] += the products of x with the gradient s of the window whose tap x is, over one strip of a plane.
+template <class acc>
+TEMPOPS_INLINE inline void correlate_planar(acc (*__restrict sums)[kLanes], const acc* __restrict s,
+                                            const acc* __restrict x, const word_t<acc>* __restrict column,
+                                            const Clip& clip, const Block& b) {
+  const word_t<acc> W = clip.W;
+  for (int64_t dy = -1; dy <= 1; ++dy) {
+    const int64_t begin = (std::max(b.begin, dy) - b.begin) * W;
+    const int64_t end = (std::min(b.end, clip.H + dy) - b.begin) * W;
+    acc* __restrict left = sums[3 * (dy + 1)];
+    acc* __restrict middle = sums[3 * (dy + 1) + 1];
+    acc* __restrict right = sums[3 * (dy + 1) + 2];
+    const acc* __restrict window = s - dy * W;
+    const auto add = [&](int64_t p, int64_t lane) TEMPOPS_INLINE {
+      const acc a = window[p + 1] * x[p], c = window[p - 1] * x[p];
+      left[lane] += column[p] < W - 1 ? a : acc(0);
+      middle[lane] += window[p] * x[p];
+      right[lane] += column[p] > 0 ? c : acc(0);
+    };
+    int64_t p = begin;
+    for (; p + kLanes <= end; p += kLanes) {
+      _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) add(p + lane, lane);
     }
+    for (int64_t lane = 0; p < end; ++p, ++lane) add(p, lane);
   }
 }
 
-template <class scalar>
-void zero_frame(const Clip& y, int64_t n, int64_t t) {
-  scalar* frame = y.frame<scalar>(n, t);
-  const int64_t rows = y.channels_last ? y.P : y.C, length = y.channels_last ? y.C : y.P;
-  const int64_t pitch = y.channels_last ? y.sp : y.sc;
-  for (int64_t r = 0; r < rows; ++r) std::memset(frame + r * pitch, 0, length * sizeof(scalar));
+// Adds the sums over clips and strips that one channel block of one group holds; partials are [group][tap][C].
+int64_t groups_of(const Clip& x, const Tiling& tiling, bool need_weight) {
+  const int64_t units = tiling.units(x);
+  return need_weight ? std::clamp<int64_t>(kPartials / (x.C * kTaps), 1, units) : units;
 }
 
 template <class scalar>
-void differences(const Clip& forward, const Clip& backward, const Clip& x, const scalar* weight, bool negated) {
+void backward_planar(const Clip* dx, double* partials, int64_t groups, const Clip& forward, const Clip& backward,
+                     const Clip& x, const Tensor& weight, acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
-  const Strips strips(x);
-  const int64_t per_clip = strips.channel_blocks * strips.row_blocks;
-  parallel(x.N * per_clip, strips.work(x), [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    Padded<acc> padded(x, strips);
-    Scratch<acc> product(strips.rows * (x.W + 1) * strips.channels);
-    Kernels<scalar> kernels(weight, false, strips.channels);
-    for (int64_t i = begin; i < end; ++i) {
-      const Strip s(x, strips, i / per_clip, i % per_clip / strips.row_blocks, i % strips.row_blocks);
-      kernels.select(s);
-      padded.clear(s);
-      const int64_t first = s.h > 0 ? -1 : 0, last = s.h + s.rows < x.H ? s.rows + 1 : s.rows;
-      for (int64_t t = 0; t < x.T; ++t) {
-        for (int64_t r = first; r < last; ++r) {
-          const scalar* src_row = s.at<scalar>(x, t, r);
-          acc* dst_row = padded.interior + r * s.row();
-          s.each_run(x, [&](int64_t from, int64_t to, int64_t count) TEMPOPS_INLINE {
-            _Pragma("omp simd") for (int64_t e = 0; e < count; ++e) dst_row[to + e] = load(src_row[from + e]);
-          });
-        }
-        kernels.apply(product.data(), padded.interior, s);
-        if (t > 0) difference<scalar>(forward, x, s, t - 1, t - 1, product.data(), negated);
-        if (t + 1 < x.T) difference<scalar>(backward, x, s, t + 1, t + 1, product.data(), negated);
-      }
-    }
-  });
-  for (int64_t n = 0; n < x.N; ++n) {
-    zero_frame<scalar>(forward, n, x.T - 1);
-    zero_frame<scalar>(backward, n, 0);
-  }
-}
-
-// sums[k][c] += x * s shifted by tap k, over a strip: tap k of the kernel met x where the product was k further back.
-template <bool one_channel, class acc>
-TEMPOPS_INLINE inline void correlate(acc* __restrict sums, const acc* __restrict x, const acc* __restrict from,
-                                     const Strip& s) {
-  for (int64_t k = 0; k < kTaps; ++k) {
-    const acc* p = from - (k / 3 - 1) * s.row() - (k % 3 - 1) * s.channels;
-    if constexpr (one_channel) {
-      acc sum = 0;
-      _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < s.size(); ++i) sum += x[i] * p[i];
-      sums[k] += sum;
-    } else {
-      acc* to = sums + k * s.channels;
-      for (int64_t i = 0; i < s.size(); i += s.channels)
-        _Pragma("omp simd") for (int64_t c = 0; c < s.channels; ++c) to[c] += x[i + c] * p[i + c];
-    }
-  }
-}
-
-// dweight is [C, 9] in double; a block of channels is one thread's, so its sums have one order.
-template <class scalar>
-void backward_pass(const Clip* dx, double* dweight, const Clip& df, const Clip& db, const Clip& x, const scalar* weight,
-                   bool negated) {
-  using acc = acc_t<scalar>;
-  const Strips strips(x);
-  const bool with_dx = dx != nullptr;
-  const Clip dx_ = with_dx ? *dx : x;
-  const acc sign = negated ? -1 : 1;
-  parallel(strips.channel_blocks, x.N * x.T * x.P * strips.channels, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    Padded<acc> padded(x, strips);
-    Scratch<acc> product(strips.rows * (x.W + 1) * strips.channels), here(product.size());
-    Scratch<acc> sums(kTaps * strips.channels);
-    Kernels<scalar> kernels(weight, true, strips.channels);
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t item = 0; item < x.N * strips.row_blocks; ++item) {
-        const Strip s(x, strips, item / strips.row_blocks, i, item % strips.row_blocks);
-        kernels.select(s);
-        padded.clear(s);
-        std::fill(here.begin(), here.end(), acc(0));
-        const int64_t first = s.h > 0 ? -1 : 0, last = s.h + s.rows < x.H ? s.rows + 1 : s.rows;
+  const Tiling tiling(x);
+  const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
+  const int64_t units = tiling.units(x);
+  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x), [&](int64_t first,
+                                                                                int64_t last) TEMPOPS_INLINE {
+    Plane<acc> plane(x, tiling), plane_x(x, tiling);
+    std::vector<acc> product_memory(tiling.rows * x.W + kLanes);
+    std::vector<acc> sums_memory(tiling.channels * kTaps * kLanes);
+    const auto columns = columns_of<word_t<acc>>(x, tiling);
+    acc* __restrict product = product_memory.data();
+    auto* sums = reinterpret_cast<acc(*)[kLanes]>(sums_memory.data());
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t group = item % groups, channel_block = item / groups;
+      for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
+        const Block b(x, tiling, unit, channel_block);
+        const int64_t begin = b.begin * x.W, count = (b.end - b.begin) * x.W;
+        int64_t terms = 0;
+        const auto flush = [&]() TEMPOPS_INLINE {
+          for (int64_t c = 0; c < b.channels; ++c) {
+            for (int64_t k = 0; k < kTaps; ++k) {
+              double sum = 0;
+              for (acc& lane : sums[c * kTaps + k]) {
+                sum += lane;
+                lane = 0;
+              }
+              partials[(group * kTaps + k) * x.C + b.c + c] += sum;
+            }
+          }
+          terms = 0;
+        };
         for (int64_t t = 0; t < x.T; ++t) {
-          const bool to_forward = t > 0, to_backward = t + 1 < x.T;  // whose differences frame t's product entered
-          for (int64_t r = first; r < last; ++r) {
-            const scalar* f_row = to_forward ? s.at<scalar>(df, t - 1, r) : nullptr;
-            const scalar* b_row = to_backward ? s.at<scalar>(db, t + 1, r) : nullptr;
-            acc* dst_row = padded.interior + r * s.row();
-            const auto add_row = [&](const Clip& from, const scalar* row, bool add) TEMPOPS_INLINE {
-              s.each_run(from, [&](int64_t src, int64_t to, int64_t count) TEMPOPS_INLINE {
-                if (add)
-                  _Pragma("omp simd") for (int64_t e = 0; e < count; ++e) dst_row[to + e] += load(row[src + e]);
-                else
-                  _Pragma("omp simd") for (int64_t e = 0; e < count; ++e) dst_row[to + e] = load(row[src + e]);
-              });
-            };
-            if (to_forward) add_row(df, f_row, false);
-            if (to_backward) add_row(db, b_row, to_forward);
-            if (!to_forward && !to_backward) std::fill_n(dst_row, s.row(), acc(0));
-          }
-          if (dweight) {
-            for (int64_t r = 0; r < s.rows; ++r) {
-              const scalar* src_row = s.at<scalar>(x, t, r);
-              s.each_run(x, [&](int64_t from, int64_t to, int64_t count) TEMPOPS_INLINE {
-                acc* dst = &here[r * s.row() + to];
-                _Pragma("omp simd") for (int64_t e = 0; e < count; ++e) dst[e] = load(src_row[from + e]);
-              });
+          if (partials && (terms += blocks_of(count, kLanes)) > kTerms) flush();
+          for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+            const Gradients<scalar> g(forward, backward, b.n, t, c * forward.sc, c * backward.sc);
+            with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
+              fill_plane(plane.data, x, b, value);
+            });
+            if (partials) {
+              const scalar* __restrict src = x.frame<scalar>(b.n, t) + c * x.sc + begin;
+              acc* __restrict dst = plane_x.data;
+              each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
+              correlate_planar<acc>(sums + (c - b.c) * kTaps, plane.data, dst, columns.data(), x, b);
             }
-            std::fill(sums.begin(), sums.end(), acc(0));
-            s.channels == 1 ? correlate<true>(sums.data(), here.data(), padded.interior, s)
-                            : correlate<false>(sums.data(), here.data(), padded.interior, s);
-            for (int64_t k = 0; k < kTaps; ++k)
-              for (int64_t c = 0; c < s.channels; ++c)
-                dweight[(s.c + c) * kTaps + k] -= sign * sums[k * s.channels + c];
-          }
-          if (!with_dx) continue;
-          kernels.apply(product.data(), padded.interior, s);
-          for (int64_t r = 0; r < s.rows; ++r) {
-            scalar* dst_row = s.at<scalar>(dx_, t, r);
-            const scalar* f_row = to_backward ? s.at<scalar>(df, t, r) : nullptr;  // forward[t] exists for t + 1 < T
-            const scalar* b_row = to_forward ? s.at<scalar>(db, t, r) : nullptr;
-            const acc* d = &product[r * s.row()];
-            const int64_t runs = x.channels_last ? x.W : 1, count = x.channels_last ? s.channels : x.W;
-            for (int64_t q = 0; q < runs; ++q) {
-              scalar* __restrict dst = dst_row + q * dx_.sp;
-              const scalar *f = f_row + q * df.sp, *b = b_row + q * db.sp;
-              const acc* p = d + q * s.channels;
-              if (to_forward && to_backward)
-                _Pragma("omp simd") for (int64_t e = 0; e < count; ++e) dst[e] =
-                    store<scalar>(sign * (load(f[e]) + load(b[e]) - p[e]));
-              else if (to_backward)
-                _Pragma("omp simd") for (int64_t e = 0; e < count; ++e) dst[e] = store<scalar>(sign * (load(f[e]) - p[e]));
-              else if (to_forward)
-                _Pragma("omp simd") for (int64_t e = 0; e < count; ++e) dst[e] = store<scalar>(sign * (load(b[e]) - p[e]));
-              else
-                std::fill_n(dst, count, store<scalar>(acc(0)));
+            if (dx) {
+              product_planar<acc>(product, plane.data, taps.data() + c * kTaps, columns.data(), x.W, count);
+              scalar* __restrict dst = dx->frame<scalar>(b.n, t) + c * dx->sc + begin;
+              with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
+                each(count, [&](int64_t p) TEMPOPS_INLINE {
+                  dst[p] = store<scalar>(sign * (value(begin + p) - product[p]));
+                });
+              });
             }
           }
         }
+        if (partials) flush();
       }
     }
   });
 }
 
-Tensor check_weight(const Clip& x, const Tensor& weight) {
+template <class scalar>
+void backward_channels_last(const Clip* dx, double* partials, int64_t groups, const Clip& forward,
+                            const Clip& backward, const Clip& x, const Tensor& weight, acc_t<scalar> sign) {
+  using acc = acc_t<scalar>;
+  const Tiling tiling(x);
+  const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
+  const std::vector<acc> zeros(tiling.channels, acc(0));
+  const int64_t units = tiling.units(x);
+  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x), [&](int64_t first,
+                                                                                int64_t last) TEMPOPS_INLINE {
+    std::vector<acc> strip((tiling.rows + 2) * x.W * tiling.channels);
+    std::vector<acc> sums_memory(kTaps * tiling.channels);
+    acc* __restrict sums = sums_memory.data();
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t group = item % groups, channel_block = item / groups;
+      for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
+        const Block b(x, tiling, unit, channel_block);
+        const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1), C = b.channels;
+        const acc* rows = strip.data() - lo * x.W * C;
+        const acc* __restrict w = taps.data() + b.c;
+        int64_t terms = 0;
+        const auto flush = [&]() TEMPOPS_INLINE {
+          for (int64_t k = 0; k < kTaps; ++k) {
+            double* __restrict to = partials + (group * kTaps + k) * x.C + b.c;
+            for (int64_t c = 0; c < C; ++c) to[c] += sums[k * C + c];
+          }
+          std::fill_n(sums, kTaps * C, acc(0));
+          terms = 0;
+        };
+        for (int64_t t = 0; t < x.T; ++t) {
+          const Gradients<scalar> g(forward, backward, b.n, t, b.c, b.c);
+          for (int64_t p = lo * x.W; p < hi * x.W; ++p) {
+            acc* __restrict dst = strip.data() + (p - lo * x.W) * C;
+            with_sum(g.product_past ? g.product_past + p * forward.sp : nullptr,
+                     g.product_future ? g.product_future + p * backward.sp : nullptr, [&](auto value) TEMPOPS_INLINE {
+                       each(C, [&](int64_t c) TEMPOPS_INLINE { dst[c] = value(c); });
+                     });
+          }
+          for (int64_t i = b.begin; i < b.end; ++i) {
+            if (partials && (terms += x.W) > kTerms) flush();
+            for (int64_t j = 0; j < x.W; ++j) {
+              const Around<acc> around(rows, zeros.data(), x, C, i, j);
+              const int64_t p = i * x.W + j;
+              if (dx) {
+                scalar* __restrict dst = dx->frame<scalar>(b.n, t) + p * dx->sp + b.c;
+                with_sum(g.frame_forward ? g.frame_forward + p * forward.sp : nullptr,
+                         g.frame_backward ? g.frame_backward + p * backward.sp : nullptr,
+                         [&](auto value) TEMPOPS_INLINE {
+                           each(C, [&](int64_t c) TEMPOPS_INLINE {
+                             dst[c] = store<scalar>(sign * (value(c) - product_at(around.tap, w, x.C, c)));
+                           });
+                         });
+              }
+              if (partials) {
+                const scalar* __restrict src = x.frame<scalar>(b.n, t) + p * x.sp + b.c;
+                for (int64_t k = 0; k < kTaps; ++k) {
+                  // The window whose tap k this pixel is lies on the other side.
+                  if (!around.inside[kTaps - 1 - k]) continue;
+                  const acc* __restrict window = around.tap[kTaps - 1 - k];
+                  acc* __restrict sum = sums + k * C;
+                  each(C, [&](int64_t c) TEMPOPS_INLINE { sum[c] += window[c] * load(src[c]); });
+                }
+              }
+            }
+          }
+        }
+        if (partials) flush();
+      }
+    }
+  });
+}
+
+Tensor checked_weight(const Tensor& weight, const Clip& x) {
   TEMPOPS_CHECK(weight.dim() == 4 && weight.size(0) == x.C && weight.size(1) == 1 && weight.size(2) == 3 &&
                     weight.size(3) == 3,
-                "weight must be [C, 1, 3, 3] with C = ", x.C);
+                "weight must have shape [C, 1, 3, 3] with C = ", x.C);
   return dense_argument(weight, x.tensor, "weight");
 }
 
 std::tuple<Tensor, Tensor> bidirectional_difference(const Tensor& x_, const Tensor& weight_, Segments n_segment,
                                                     bool neighbor_first) {
   const Clip x = clips(x_, n_segment);
-  const Tensor weight = check_weight(x, weight_);
+  const Tensor weight = checked_weight(weight_, x);
   const Clip forward = empty_like(x), backward = empty_like(x);
   if (!x.empty()) {
     by_dtype(x.dtype, [&](auto* type) {
       using scalar = std::remove_pointer_t<decltype(type)>;
-      differences<scalar>(forward, backward, x, static_cast<const scalar*>(weight.data_ptr()), neighbor_first);
+      const acc_t<scalar> sign = neighbor_first ? -1 : 1;
+      x.channels_last ? difference_channels_last<scalar>(forward, backward, x, weight, sign)
+                      : difference_planar<scalar>(forward, backward, x, weight, sign);
     });
   }
   return {forward.tensor, backward.tensor};
@@ -317,30 +467,41 @@ std::tuple<Tensor, Tensor> bidirectional_difference_backward(const Tensor& grad_
                                                              Segments n_segment, bool neighbor_first, bool need_x,
                                                              bool need_weight) {
   const Clip x = clips(x_, n_segment);
-  const Tensor weight = check_weight(x, weight_);
-  const Clip df = clips_like(grad_forward, x, "grad_forward"), db = clips_like(grad_backward, x, "grad_backward");
-  const Clip dx = need_x ? empty_like(x) : x;
-  const Tensor dweight = need_weight ? torch::stable::new_empty(weight, weight.sizes()) : no_gradient(weight);
+  const Tensor weight = checked_weight(weight_, x);
+  const Clip forward = clips_like(grad_forward, x, "grad_forward");
+  const Clip backward = clips_like(grad_backward, x, "grad_backward");
+  const std::optional<Clip> dx = need_x ? std::optional(empty_like(x)) : std::nullopt;
+  Tensor dweight = need_weight ? torch::stable::new_empty(weight, weight.sizes()) : no_gradient(weight);
   by_dtype(x.dtype, [&](auto* type) {
     using scalar = std::remove_pointer_t<decltype(type)>;
-    std::vector<double> sums(need_weight ? x.C * kTaps : 0);
-    if (!x.empty())
-      backward_pass<scalar>(need_x ? &dx : nullptr, need_weight ? sums.data() : nullptr, df, db, x,
-                            static_cast<const scalar*>(weight.data_ptr()), neighbor_first);
-    if (need_weight) {
-      scalar* out = static_cast<scalar*>(dweight.data_ptr());
-      for (size_t i = 0; i < sums.size(); ++i) out[i] = store<scalar>(static_cast<acc_t<scalar>>(sums[i]));
+    const acc_t<scalar> sign = neighbor_first ? -1 : 1;
+    const bool empty = x.empty() || (!need_x && !need_weight);
+    const int64_t groups = empty ? 0 : groups_of(x, Tiling(x), need_weight);
+    std::vector<double> partials(need_weight ? groups * kTaps * x.C : 0);
+    double* sums = need_weight ? partials.data() : nullptr;
+    if (!empty) {
+      const auto run_backward = x.channels_last ? backward_channels_last<scalar> : backward_planar<scalar>;
+      run_backward(dx ? &*dx : nullptr, sums, groups, forward, backward, x, weight, sign);
+    }
+    if (!need_weight) return;
+    scalar* dw = static_cast<scalar*>(dweight.data_ptr());
+    for (int64_t c = 0; c < x.C; ++c) {
+      for (int64_t k = 0; k < kTaps; ++k) {
+        double sum = 0;
+        for (int64_t group = 0; group < groups; ++group) sum += partials[(group * kTaps + k) * x.C + c];
+        dw[c * kTaps + k] = store<scalar>(static_cast<acc_t<scalar>>(-sign * sum));
+      }
     }
   });
-  return {need_x ? dx.tensor : no_gradient(x.tensor), dweight};
+  return {dx ? dx->tensor : no_gradient(x.tensor), dweight};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tempops, m) {
   m.def(
-      "bidirectional_difference(Tensor x, Tensor weight, int? n_segment=None, bool neighbor_first=False) -> "
-      "(Tensor, Tensor)");
+      "bidirectional_difference(Tensor x, Tensor weight, int? n_segment=None, bool neighbor_first=False) "
+      "-> (Tensor, Tensor)");
   m.def(
       "bidirectional_difference_backward(Tensor grad_forward, Tensor grad_backward, Tensor x, Tensor weight, "
       "int? n_segment, bool neighbor_first, bool need_x, bool need_weight) -> (Tensor, Tensor)");

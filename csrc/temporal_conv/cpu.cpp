@@ -75,11 +75,11 @@ struct Window {
   const int64_t size;
   Tile tile{};
   int64_t n = -1, first = 0, count = 0;  // taps [first, first + count) read frames inside the clip
-  Scratch<acc> kernels, frames, gates, of_channel;
+  Scratch<acc> kernels, frames, of_channel;
   std::vector<const acc*> x, a;  // by tap
 
   Window(const Coefficients<scalar>& w_, bool transposed_, int64_t size_)
-      : w(w_), transposed(transposed_), size(size_), kernels(w.K * size), frames(w.K * size), gates(w.gate ? size : 0),
+      : w(w_), transposed(transposed_), size(size_), kernels(w.K * size), frames(w.K * size),
         of_channel(size), x(w.K), a(w.K) {}
 
   // Lays the coefficients of the tile's channels out, unless they already are.
@@ -96,12 +96,12 @@ struct Window {
     }
   }
 
-  // The gate of frame t, element by element; null without a gate.
+  // The gate of frame t, one value a channel of the tile; null without a gate.
   TEMPOPS_INLINE const acc* gate(int64_t t) {
     if (!w.gate) return nullptr;
-    for (int64_t c = 0; c < tile.channels(); ++c) of_channel[c] = load(w.gates(n, t)[tile.c + c]);
-    tile.expand(gates.data(), of_channel.data());
-    return gates.data();
+    const scalar* from = w.gates(n, t) + tile.c;
+    for (int64_t c = 0; c < tile.channels(); ++c) of_channel[c] = load(from[c]);
+    return of_channel.data();
   }
 
   // Moves to frame t. Frames are visited in order from 0, so each is read once.
@@ -224,8 +224,7 @@ Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<
               tile.read(here.data(), tile.at<scalar>(x, n, t), tile.pitch(x), static_cast<const acc*>(nullptr));
               xt = here.data();
             }
-            if (gate)
-              _Pragma("omp simd") for (int64_t e = 0; e < tile.size(); ++e) gated[e] = xt[e] * gate[e];
+            if (gate) tile.read(gated.data(), tile.at<scalar>(x, n, t), tile.pitch(x), gate);
             acc* out = gate || !with_dx ? nullptr : direct<scalar>(tile, dx_, n, t);
             window.combine_into(out ? out : s.data(), products, gate ? gated.data() : xt);
             if (with_dx && !out) tile.write(tile.at<scalar>(dx_, n, t), tile.pitch(dx_), s.data(), gate);

@@ -70,8 +70,8 @@ def _check(x, weight, bias, n_segment, fold_div, mode, activation) -> None:
 
 def _reference(x, weight, bias, n_segment, fold_div, mode, activation) -> Tensor:
     convolve = F.conv3d if x.dim() == 5 else F.conv2d
-    y = convolve(_shift_reference(x, n_segment, fold_div, mode), weight.reshape(*weight.shape[:2], *[1] * (x.dim() - 2)),
-                 bias)
+    kernel = weight.reshape(*weight.shape[:2], *[1] * (x.dim() - 2))
+    y = convolve(_shift_reference(x, n_segment, fold_div, mode), kernel, bias)
     return y.relu() if activation == "relu" else y
 
 
