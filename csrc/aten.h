@@ -9,7 +9,7 @@ namespace tempops {
 template <size_t outputs, class... Args>
 std::array<Tensor, outputs> call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, std::max(outputs, sizeof...(Args))> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   std::array<Tensor, outputs> results;
   for (size_t i = 0; i < outputs; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
   return results;
