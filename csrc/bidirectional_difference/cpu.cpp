@@ -3,17 +3,16 @@
 // The 3x3 product of frame t is computed once and subtracted from frame t - 1 (`forward`) and frame t + 1 (`backward`).
 // A thread keeps a block of a clip in the cache and walks T, so that these frames are there already. Likewise the
 // backward adds up what the two gradients say of the product of frame t, and transposes the product once.
-#include "../cpu.h"
+#include "../lanes.h"
 
 namespace tempops {
 namespace {
 
 constexpr int64_t kTaps = 9;
-constexpr int64_t kLanes = 16;
 // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
 constexpr int64_t kPlanar = 1024;
-constexpr int64_t kChannelsLast = 32768;
-constexpr int64_t kLeastChannels = 64;
+constexpr int64_t kChannelsLast = 16384;
+constexpr int64_t kLeastChannels = 32;
 // Terms that a float32 sum may have before it goes on in float64, and the size of those sums.
 constexpr int64_t kTerms = 256;
 constexpr int64_t kPartials = 65536;
@@ -21,6 +20,9 @@ constexpr int64_t kPartials = 65536;
 int64_t blocks_of(int64_t n, int64_t size) {
   return (n + size - 1) / size;
 }
+
+template <class acc>
+using word_t = std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t>;
 
 // How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
 struct Tiling {
@@ -56,16 +58,6 @@ struct Block {
         begin(unit % tiling.strips * tiling.rows), end(std::min(x.H, begin + tiling.rows)) {}
 };
 
-// Calls f(i) for i in [0, n) in loops that vectorise without a remainder, then one by one.
-template <class F>
-TEMPOPS_INLINE inline void each(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane);
-  }
-  for (; i < n; ++i) f(i);
-}
-
 // The weights as [channel][tap] (planar) or [tap][channel] (channels_last); turned around for the transposed product.
 template <class scalar>
 std::vector<acc_t<scalar>> taps_of(const Tensor& weight, const Clip& x, bool transposed) {
@@ -90,13 +82,14 @@ struct Plane {
   }
 };
 
-// Fills rows [begin - 1, end + 1) of a plane, zero outside, from value(offset in the plane).
+// Fills rows [begin - 1, end + 1) of a plane from value(offset in the plane). Rows outside the plane are zero: they stay
+// so in a plane that is one strip.
 template <class acc, class F>
 TEMPOPS_INLINE inline void fill_plane(acc* plane, const Clip& x, const Block& b, const F& value) {
   const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1);
   acc* __restrict dst = plane + (lo - b.begin) * x.W;
-  if (lo == b.begin) std::fill_n(plane - x.W, x.W, acc(0));
-  if (hi == b.end) std::fill_n(plane + (b.end - b.begin) * x.W, x.W, acc(0));
+  if (lo == b.begin && hi > b.end) std::fill_n(plane - x.W, x.W, acc(0));
+  if (hi == b.end && lo < b.begin) std::fill_n(plane + (b.end - b.begin) * x.W, x.W, acc(0));
   const int64_t from = lo * x.W;
   each((hi - lo) * x.W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
 }
@@ -108,36 +101,47 @@ std::vector<word> columns_of(const Clip& x, const Tiling& tiling) {
   return column;
 }
 
+// The 3x3 product at pixel p of a plane.
 template <class acc>
-using word_t = std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t>;
+struct ProductPlanar {
+  const acc *x, *w;
+  const word_t<acc>* column;
+  int64_t W;
 
-// The 3x3 product of n pixels of a plane, rounded up to whole vectors.
-template <class acc>
-TEMPOPS_INLINE inline void product_planar(acc* __restrict y, const acc* __restrict x, const acc* __restrict w,
-                                          const word_t<acc>* __restrict column, word_t<acc> W, int64_t n) {
-  const acc w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4], w5 = w[5], w6 = w[6], w7 = w[7], w8 = w[8];
-  const acc *above = x - W, *below = x + W;
-  const int64_t end = blocks_of(n, kLanes) * kLanes;
-  _Pragma("omp simd") for (int64_t p = 0; p < end; ++p) {
-    acc left = w0 * above[p - 1] + w3 * x[p - 1] + w6 * below[p - 1];
-    acc right = w2 * above[p + 1] + w5 * x[p + 1] + w8 * below[p + 1];
+  TEMPOPS_INLINE acc operator()(int64_t p) const {
+    const acc *above = x - W, *below = x + W;
+    const word_t<acc> last = W - 1;
+    acc left = w[0] * above[p - 1] + w[3] * x[p - 1] + w[6] * below[p - 1];
+    acc right = w[2] * above[p + 1] + w[5] * x[p + 1] + w[8] * below[p + 1];
     left = column[p] > 0 ? left : acc(0);
-    right = column[p] < W - 1 ? right : acc(0);
-    y[p] = w1 * above[p] + w4 * x[p] + w7 * below[p] + (left + right);
+    right = column[p] < last ? right : acc(0);
+    return w[1] * above[p] + w[4] * x[p] + w[7] * below[p] + (left + right);
   }
-}
+};
 
-// The nine elements around a pixel of channels_last rows, zeros outside the plane. `rows` is where row 0 would begin.
+// The nine elements around a pixel of channels_last rows, moving along a row; zeros outside the plane.
 template <class element>
 struct Around {
-  const element* tap[kTaps];
-  bool inside[kTaps];
+  const element *tap[kTaps], *row[3], *zeros;
+  int64_t step[3], last;
 
-  TEMPOPS_INLINE Around(const element* rows, const element* zeros, const Clip& x, int64_t sp, int64_t i, int64_t j) {
-    for (int64_t k = 0; k < kTaps; ++k) {
-      const int64_t row = i + k / 3 - 1, column = j + k % 3 - 1;
-      inside[k] = row >= 0 && row < x.H && column >= 0 && column < x.W;
-      tap[k] = inside[k] ? rows + (row * x.W + column) * sp : zeros;
+  // Before the first pixel of row i; `rows` is where row 0 would begin.
+  TEMPOPS_INLINE Around(const element* rows, const element* zeros, const Clip& x, int64_t sp, int64_t i)
+      : zeros(zeros), last(x.W - 1) {
+    for (int64_t k = 0; k < 3; ++k) {
+      const bool inside = i + k >= 1 && i + k <= x.H;
+      row[k] = inside ? rows + (i + k - 1) * x.W * sp : zeros;
+      step[k] = inside ? sp : 0;
+      tap[3 * k + 1] = zeros;
+      tap[3 * k + 2] = row[k];
+    }
+  }
+  // To pixel j, from the one before.
+  TEMPOPS_INLINE void move_to(int64_t j) {
+    for (int64_t k = 0; k < 3; ++k) {
+      tap[3 * k] = tap[3 * k + 1];
+      tap[3 * k + 1] = tap[3 * k + 2];
+      tap[3 * k + 2] = j < last ? row[k] + (j + 1) * step[k] : zeros;
     }
   }
 };
@@ -171,26 +175,40 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
   const acc* w = taps.data();
   parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
     Plane<acc> plane(x, tiling);
-    std::vector<acc> product_memory(tiling.rows * x.W + kLanes);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
-    acc* __restrict product = product_memory.data();
     for (int64_t item = first; item < last; ++item) {
       const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
       const int64_t begin = b.begin * x.W, count = (b.end - b.begin) * x.W;
       fill_zero<scalar>(forward, b, x.T - 1);
       fill_zero<scalar>(backward, b, 0);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
+        const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
           const scalar* frame = x.frame<scalar>(b.n, t) + c * x.sc;
           fill_plane(plane.data, x, b, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
-          product_planar<acc>(product, plane.data, w + c * kTaps, columns.data(), x.W, count);
-          const auto subtract = [&](const Clip& y, int64_t other) TEMPOPS_INLINE {
-            scalar* __restrict dst = y.frame<scalar>(b.n, other) + c * y.sc + begin;
-            const scalar* __restrict src = x.frame<scalar>(b.n, other) + c * x.sc + begin;
-            each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (load(src[p]) - product[p])); });
+          const ProductPlanar<acc> product{plane.data, w + c * kTaps, columns.data(), x.W};
+          const scalar* __restrict x_past = x.frame<scalar>(b.n, past) + c * x.sc + begin;
+          const scalar* __restrict x_future = x.frame<scalar>(b.n, future) + c * x.sc + begin;
+          scalar* __restrict y_past = forward.frame<scalar>(b.n, past) + c * forward.sc + begin;
+          scalar* __restrict y_future = backward.frame<scalar>(b.n, future) + c * backward.sc + begin;
+          const auto fetch = [&](int64_t p) TEMPOPS_INLINE {
+            __builtin_prefetch(x_future + p + x.st);
+            __builtin_prefetch(y_past + p + forward.st, 1);
+            __builtin_prefetch(y_future + p + backward.st, 1);
           };
-          if (t > 0) subtract(forward, t - 1);
-          if (t + 1 < x.T) subtract(backward, t + 1);
+          if (past < t && future > t) {
+            each(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
+              const acc value = product(p);
+              y_past[p] = store<scalar>(sign * (load(x_past[p]) - value));
+              y_future[p] = store<scalar>(sign * (load(x_future[p]) - value));
+            });
+          } else {
+            scalar* __restrict dst = past < t ? y_past : y_future;
+            const scalar* __restrict src = past < t ? x_past : x_future;
+            each(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
+              dst[p] = store<scalar>(sign * (load(src[p]) - product(p)));
+            });
+          }
         }
       }
     }
@@ -215,15 +233,21 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
         // Where there is no such frame, any that can be read will do.
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t i = b.begin; i < b.end; ++i) {
+          Around<scalar> around(rows, zeros.data(), x, x.sp, i);
           for (int64_t j = 0; j < x.W; ++j) {
-            const Around<scalar> around(rows, zeros.data(), x, x.sp, i, j);
+            around.move_to(j);
             const int64_t p = i * x.W + j;
             const scalar* __restrict x_past = x.frame<scalar>(b.n, past) + p * x.sp + b.c;
             const scalar* __restrict x_future = x.frame<scalar>(b.n, future) + p * x.sp + b.c;
             scalar* __restrict y_past = forward.frame<scalar>(b.n, past) + p * forward.sp + b.c;
             scalar* __restrict y_future = backward.frame<scalar>(b.n, future) + p * backward.sp + b.c;
+            const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
+              __builtin_prefetch(x_future + c + x.st);
+              __builtin_prefetch(y_past + c + forward.st, 1);
+              __builtin_prefetch(y_future + c + backward.st, 1);
+            };
             if (past < t && future > t) {
-              each(b.channels, [&](int64_t c) TEMPOPS_INLINE {
+              each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
                 const acc product = product_at(around.tap, w, x.C, c);
                 y_past[c] = store<scalar>(sign * (load(x_past[c]) - product));
                 y_future[c] = store<scalar>(sign * (load(x_future[c]) - product));
@@ -231,7 +255,7 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
             } else {
               scalar* __restrict dst = past < t ? y_past : y_future;
               const scalar* __restrict src = past < t ? x_past : x_future;
-              each(b.channels, [&](int64_t c) TEMPOPS_INLINE {
+              each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
                 dst[c] = store<scalar>(sign * (load(src[c]) - product_at(around.tap, w, x.C, c)));
               });
             }
@@ -313,10 +337,8 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
   parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x), [&](int64_t first,
                                                                                 int64_t last) TEMPOPS_INLINE {
     Plane<acc> plane(x, tiling), plane_x(x, tiling);
-    std::vector<acc> product_memory(tiling.rows * x.W + kLanes);
     std::vector<acc> sums_memory(tiling.channels * kTaps * kLanes);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
-    acc* __restrict product = product_memory.data();
     auto* sums = reinterpret_cast<acc(*)[kLanes]>(sums_memory.data());
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
@@ -351,11 +373,11 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
               correlate_planar<acc>(sums + (c - b.c) * kTaps, plane.data, dst, columns.data(), x, b);
             }
             if (dx) {
-              product_planar<acc>(product, plane.data, taps.data() + c * kTaps, columns.data(), x.W, count);
+              const ProductPlanar<acc> product{plane.data, taps.data() + c * kTaps, columns.data(), x.W};
               scalar* __restrict dst = dx->frame<scalar>(b.n, t) + c * dx->sc + begin;
               with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
                 each(count, [&](int64_t p) TEMPOPS_INLINE {
-                  dst[p] = store<scalar>(sign * (value(begin + p) - product[p]));
+                  dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
                 });
               });
             }
@@ -406,9 +428,10 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
                      });
           }
           for (int64_t i = b.begin; i < b.end; ++i) {
-            if (partials && (terms += x.W) > kTerms) flush();
+            Around<acc> around(rows, zeros.data(), x, C, i);
             for (int64_t j = 0; j < x.W; ++j) {
-              const Around<acc> around(rows, zeros.data(), x, C, i, j);
+              if (partials && ++terms > kTerms) flush();
+              around.move_to(j);
               const int64_t p = i * x.W + j;
               if (dx) {
                 scalar* __restrict dst = dx->frame<scalar>(b.n, t) + p * dx->sp + b.c;
@@ -424,10 +447,10 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
                 const scalar* __restrict src = x.frame<scalar>(b.n, t) + p * x.sp + b.c;
                 for (int64_t k = 0; k < kTaps; ++k) {
                   // The window whose tap k this pixel is lies on the other side.
-                  if (!around.inside[kTaps - 1 - k]) continue;
                   const acc* __restrict window = around.tap[kTaps - 1 - k];
+                  if (window == zeros.data()) continue;
                   acc* __restrict sum = sums + k * C;
-                  each(C, [&](int64_t c) TEMPOPS_INLINE { sum[c] += window[c] * load(src[c]); });
+                  _Pragma("omp simd") for (int64_t c = 0; c < C; ++c) sum[c] += window[c] * load(src[c]);
                 }
               }
             }

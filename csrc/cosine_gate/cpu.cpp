@@ -11,7 +11,7 @@
 namespace tempops {
 namespace {
 
-constexpr int64_t kSlots = 256;          // the most pixels of a block; entry i of an array below is the block's pixel i
+constexpr int64_t kSlots = 256;  // the most pixels of a block; entry i of an array below is the block's pixel i
 
 alignas(64) constexpr double kZeros[kSlots] = {};
 
@@ -32,8 +32,8 @@ struct Frame {
   TEMPOPS_INLINE Frame(const Clip& x, int64_t n, int64_t t) : data(x.frame<scalar>(n, t)), sc(x.sc), sp(x.sp) {}
 };
 
-// Brings elements that are needed soon to the second-level cache: a block is a short piece of each of many frames, which
-// no prefetcher foresees.
+// Brings elements that are needed soon to the second-level cache: a block is a short piece of each of many frames,
+// which no prefetcher foresees.
 template <class scalar>
 TEMPOPS_INLINE inline void prefetch(const scalar* data, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(scalar)) __builtin_prefetch(data + i, 0, 2);
@@ -43,16 +43,14 @@ TEMPOPS_INLINE inline void prefetch(const scalar* data, int64_t count) {
 struct PlanarBlock {
   static constexpr int64_t kBytes = 196608, kChannels = 8, kAhead = 4;
   static constexpr int64_t kLeast = 128;  // shorter rows cost more than a block that leaves the second-level cache
-  int64_t C, first, pixels, following;  // following: those of the frame's next block, at most as many
+  int64_t C, first, pixels, following;    // following: those of the frame's next block, at most as many
 
   static int64_t count(const Clip& x) {
     const int64_t fit = std::clamp<int64_t>(kBytes / (x.C * x.tensor.element_size()), kLeast, kSlots);
     return (x.P + fit - 1) / fit;
   }
   TEMPOPS_INLINE PlanarBlock(const Clip& x, int64_t blocks, int64_t index)
-      : C(x.C),
-        first(index * x.P / blocks),
-        pixels((index + 1) * x.P / blocks - first),
+      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first),
         following(std::min(pixels, x.P - first - pixels)) {}
   template <class scalar>
   TEMPOPS_INLINE static int64_t at(const Frame<scalar>& frame, int64_t c, int64_t pixel) {
@@ -118,9 +116,7 @@ struct ChannelsLastBlock {
     return (x.P + fit - 1) / fit;
   }
   TEMPOPS_INLINE ChannelsLastBlock(const Clip& x, int64_t blocks, int64_t index)
-      : C(x.C),
-        first(index * x.P / blocks),
-        pixels((index + 1) * x.P / blocks - first),
+      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first),
         following(std::min(pixels, x.P - first - pixels)) {}
   template <class scalar>
   TEMPOPS_INLINE static int64_t at(const Frame<scalar>& frame, int64_t c, int64_t pixel) {
@@ -182,7 +178,8 @@ struct ChannelsLastBlock {
 };
 
 // |frame| at a pixel; infinite, so that its inverse is 0, where it counts as zero. That is decided in the type that
-// eager computes in. The choice is made before the division: the compiler then leaves no branch in the loop over pixels.
+// eager computes in. The choice is made before the division: the compiler then leaves no branch in the loop over
+// pixels.
 template <class acc>
 TEMPOPS_INLINE inline double norm(double square, double eps) {
   const double root = std::sqrt(square);

@@ -10,7 +10,7 @@
 // each row, the column that won it.
 #include <limits>
 
-#include "../cpu.h"
+#include "../lanes.h"
 
 namespace tempops {
 namespace {
@@ -80,17 +80,6 @@ struct Block {
   }
 };
 
-// Calls f(i) for i in [0, n) in loops that vectorise without a remainder, then one by one.
-template <class F>
-TEMPOPS_INLINE inline void each(int64_t n, const F& f) {
-  constexpr int64_t kLanes = 16;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane);
-  }
-  for (; i < n; ++i) f(i);
-}
-
 // Calls f(offset in a frame of x, in a frame of y, in the buffer, count) for each run of adjacent elements of rows
 // [first, last).
 template <class F>
@@ -132,20 +121,22 @@ TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
   return std::bit_cast<acc>(flip(key));
 }
 
+// Fills rows [first, last) of a buffer with convert(element) of frame t of x. Frame t + 1 is fetched into the cache
+// meanwhile, as is what will be written at the same place of `next`, a frame of a tensor of the same strides.
 template <class scalar, class element, class F>
 TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const Block& b, int64_t t, int64_t first, int64_t last,
-                                     const F& convert, const scalar* ahead = nullptr) {
+                                     const F& convert, const Clip* written = nullptr, int64_t written_t = 0) {
   const scalar* frame = x.frame<scalar>(b.n, t);
-  each_run(x, x, b, first, last, [&](int64_t from, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
+  const Clip& target = written ? *written : x;
+  const scalar* next = target.frame<scalar>(b.n, written ? written_t : t);
+  each_run(x, target, b, first, last, [&](int64_t from, int64_t next_from, int64_t at, int64_t n) TEMPOPS_INLINE {
     const scalar* __restrict src = frame + from;
     element* __restrict dst = to + at;
-    for (int64_t i = 0; i + 16 <= count; i += 16) {
+    const auto fetch = [&](int64_t i) TEMPOPS_INLINE {
       __builtin_prefetch(src + i + x.st);
-      if (ahead) __builtin_prefetch(ahead + from + i, 1);
-      _Pragma("omp simd") for (int64_t lane = 0; lane < 16; ++lane) dst[i + lane] = convert(load(src[i + lane]));
-    }
-    for (int64_t i = count / 16 * 16; i < count; ++i) dst[i] = convert(load(src[i]));
-    if (0) each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
+      __builtin_prefetch(next + next_from + i, 1);
+    };
+    each(n, fetch, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
   });
 }
 
@@ -315,7 +306,7 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
       fill_outside(along_row, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); }, y.frame<scalar>(b.n, t - 1));
+          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); }, &y, t - 1);
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, false, word>(along_row + p, nullptr, keys + p, columns, radius, b.along, n);
         };
@@ -363,7 +354,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
         const bool pooled = t > 0, subtracted = t + 1 < x.T;
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
           if (!pooled) return;
-          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); }, &dx, t);
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
         };
