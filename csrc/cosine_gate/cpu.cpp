@@ -4,13 +4,16 @@
 // memory once, for the sums of the pair that it ends; it is still in the second-level cache where it is written, and
 // where it begins the next pair. The backward computes the sums again: that costs no memory traffic. A few channels are
 // added in the accumulation type and these subtotals in float64, so that thousands of channels lose no digits.
+#include <limits>
+
 #include "../cpu.h"
 
 namespace tempops {
 namespace {
 
-constexpr int64_t kSlots = 256;          // the most pixels of a block; entry i of an array below is the block's pixel i
-constexpr int64_t kBlockBytes = 131072;  // a frame's block: the backward keeps up to six in the second-level cache
+constexpr int64_t kSlots = 256;  // the most pixels of a block; entry i of an array below is the block's pixel i
+
+alignas(64) constexpr double kZeros[kSlots] = {};
 
 // Sums over the channels of the pair (here, next), per pixel.
 struct Sums {
@@ -19,125 +22,128 @@ struct Sums {
   alignas(64) double product[2][kSlots];  // <grad, frame>, likewise
 };
 
-// dx[t] = grad * grad[t] + previous * x[t-1] + here * x[t] + next * x[t+1], per pixel.
-template <class acc>
-struct Factors {
-  alignas(64) acc grad[kSlots], previous[kSlots], here[kSlots], next[kSlots];
-};
-
 // A frame of a tensor: channel c of pixel p is at data[c*sc + p] (planar) or data[p*sp + c] (channels_last).
 template <class scalar>
 struct Frame {
   scalar* data;
   int64_t sc, sp;
 
+  Frame() = default;
   TEMPOPS_INLINE Frame(const Clip& x, int64_t n, int64_t t) : data(x.frame<scalar>(n, t)), sc(x.sc), sp(x.sp) {}
 };
 
-// Groups of kLanes adjacent pixels of a planar frame. The last group of a frame reaches back into the one before it
-// rather than past the frame: both lie in one block, which computes the pixels they share twice.
-struct PlanarBlock {
-  static constexpr int64_t kLanes = 16, kChannels = 16;
-  int64_t P, C, first, groups;
+// Brings elements that are needed soon to the second-level cache: a block is a short piece of each of many frames,
+// which no prefetcher foresees.
+template <class scalar>
+TEMPOPS_INLINE inline void prefetch(const scalar* data, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(scalar)) __builtin_prefetch(data + i, 0, 2);
+}
 
-  static int64_t groups_of(const Clip& x) {
-    return (x.P + kLanes - 1) / kLanes;
-  }
+// Adjacent pixels of a planar frame.
+struct PlanarBlock {
+  static constexpr int64_t kBytes = 196608, kChannels = 8, kAhead = 4;
+  static constexpr int64_t kLeast = 128;  // shorter rows cost more than a block that leaves the second-level cache
+  int64_t C, first, pixels, following;    // following: those of the frame's next block, at most as many
+
   static int64_t count(const Clip& x) {
-    const int64_t fit = kBlockBytes / (kLanes * x.C * x.tensor.element_size());
-    return std::max<int64_t>(1, groups_of(x) / std::clamp<int64_t>(fit, 2, kSlots / kLanes / 2));
+    const int64_t fit = std::clamp<int64_t>(kBytes / (x.C * x.tensor.element_size()), kLeast, kSlots);
+    return (x.P + fit - 1) / fit;
   }
   TEMPOPS_INLINE PlanarBlock(const Clip& x, int64_t blocks, int64_t index)
-      : P(x.P), C(x.C), first(index * groups_of(x) / blocks), groups((index + 1) * groups_of(x) / blocks - first) {}
-  TEMPOPS_INLINE int64_t slots() const {
-    return groups * kLanes;
-  }
+      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first),
+        following(std::min(pixels, x.P - first - pixels)) {}
   template <class scalar>
   TEMPOPS_INLINE static int64_t at(const Frame<scalar>& frame, int64_t c, int64_t pixel) {
     return c * frame.sc + pixel;
-  }
-
-  // f(slot, pixel, lanes) for each group; lanes is a constant except in frames smaller than a group.
-  template <class F>
-  TEMPOPS_INLINE void each_group(const F& f) const {
-    if (P < kLanes) return f(int64_t{0}, int64_t{0}, P);
-    for (int64_t g = 0; g < groups; ++g)
-      f(g * kLanes, std::min((first + g) * kLanes, P - kLanes), std::integral_constant<int64_t, kLanes>());
   }
 
   template <bool with_grad, class scalar>
   TEMPOPS_INLINE void add(double* __restrict dot, double* __restrict square, double* __restrict product,
                           Frame<scalar> here, Frame<scalar> next, Frame<scalar> grad) const {
     const auto channels = [&](int64_t c, auto count) TEMPOPS_INLINE {
-      each_group([&](int64_t slot, int64_t pixel, auto lanes) TEMPOPS_INLINE {
-        const scalar* __restrict a = here.data + at(here, c, pixel);
-        const scalar* __restrict b = next.data + at(next, c, pixel);
-        const scalar* __restrict g = grad.data + at(grad, c, pixel);
-        _Pragma("omp simd") for (int64_t l = 0; l < lanes; ++l) {
-          acc_t<scalar> ab = 0, bb = 0, gb = 0;
-          for (int64_t i = 0; i < count; ++i) {
-            const acc_t<scalar> value = load(b[i * next.sc + l]);
-            ab += load(a[i * here.sc + l]) * value;
-            bb += value * value;
-            if constexpr (with_grad) gb += load(g[i * grad.sc + l]) * value;
-          }
-          dot[slot + l] += ab;
-          square[slot + l] += bb;
-          if constexpr (with_grad) product[slot + l] += gb;
-        }
-      });
+      const scalar* __restrict a = here.data + at(here, c, first);
+      const scalar* __restrict b = next.data + at(next, c, first);
+      const scalar* __restrict g = grad.data + at(grad, c, first);
+      for (size_t i = 0; i < count.size(); ++i) {
+        prefetch(b + i * next.sc + pixels, following);
+        if constexpr (with_grad) prefetch(g + i * grad.sc + pixels, following);
+      }
+      _Pragma("omp simd") for (int64_t p = 0; p < pixels; ++p) {
+        acc_t<scalar> ab = 0, bb = 0, gb = 0;
+        const auto channel = [&](int64_t i) TEMPOPS_INLINE {
+          const acc_t<scalar> value = load(b[i * next.sc + p]);
+          ab += load(a[i * here.sc + p]) * value;
+          bb += value * value;
+          if constexpr (with_grad) gb += load(g[i * grad.sc + p]) * value;
+        };
+        [&]<int64_t... i>(std::integer_sequence<int64_t, i...>) TEMPOPS_INLINE {
+          (channel(i), ...);  // written out: an inner loop would keep this one from being vectorised
+        }(count);
+        dot[p] += ab;
+        square[p] += bb;
+        if constexpr (with_grad) product[p] += gb;
+      }
     };
     int64_t c = 0;
-    for (; c + kChannels <= C; c += kChannels) channels(c, std::integral_constant<int64_t, kChannels>());
-    for (; c < C; ++c) channels(c, std::integral_constant<int64_t, 1>());
+    for (; c + kChannels <= C; c += kChannels) channels(c, std::make_integer_sequence<int64_t, kChannels>());
+    for (; c < C; ++c) channels(c, std::make_integer_sequence<int64_t, 1>());
   }
 
-  // out[c, pixel] = f(slot)(c, pixel)
-  template <class scalar, class F>
-  TEMPOPS_INLINE void write(Frame<scalar> out, const F& f) const {
-    for (int64_t c = 0; c < C; ++c)
-      each_group([&](int64_t slot, int64_t pixel, auto lanes) TEMPOPS_INLINE {
-        scalar* __restrict row = out.data + at(out, c, pixel);
-        _Pragma("omp simd") for (int64_t l = 0; l < lanes; ++l) row[l] = store<scalar>(f(slot + l)(c, pixel + l));
-      });
-  }
-
-  template <class F>
-  TEMPOPS_INLINE void each_pixel(const F& f) const {
-    each_group([&](int64_t slot, int64_t pixel, auto lanes) TEMPOPS_INLINE {
-      for (int64_t l = 0; l < lanes; ++l) f(slot + l, pixel + l);
-    });
+  // out = sum over k of factors[k] * frames[k]
+  template <int terms, class scalar>
+  TEMPOPS_INLINE void mix(Frame<scalar> out, const Frame<scalar>* frames, const acc_t<scalar>* const* factors) const {
+    for (int64_t c = 0; c < C; ++c) {
+      scalar* __restrict row = out.data + at(out, c, first);
+      const scalar* source[terms];
+      for (int k = 0; k < terms; ++k) source[k] = frames[k].data + at(frames[k], c, first);
+      if (c + kAhead < C) prefetch(row + kAhead * out.sc, pixels);
+      _Pragma("omp simd") for (int64_t p = 0; p < pixels; ++p) {
+        acc_t<scalar> sum = factors[0][p] * load(source[0][p]);
+        for (int k = 1; k < terms; ++k) sum += factors[k][p] * load(source[k][p]);
+        row[p] = store<scalar>(sum);
+      }
+    }
   }
 };
 
 // Adjacent pixels of a channels_last frame.
 struct ChannelsLastBlock {
-  static constexpr int64_t kBytes = 16384, kChannels = 256;
-  int64_t C, first, pixels;
+  static constexpr int64_t kBytes = 16384;
+  int64_t C, first, pixels, following;  // following: those of the frame's next block, at most as many
 
   static int64_t count(const Clip& x) {
     const int64_t fit = std::clamp<int64_t>(kBytes / (x.C * x.tensor.element_size()), 1, kSlots);
     return (x.P + fit - 1) / fit;
   }
   TEMPOPS_INLINE ChannelsLastBlock(const Clip& x, int64_t blocks, int64_t index)
-      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first) {}
-  TEMPOPS_INLINE int64_t slots() const {
-    return pixels;
-  }
+      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first),
+        following(std::min(pixels, x.P - first - pixels)) {}
   template <class scalar>
   TEMPOPS_INLINE static int64_t at(const Frame<scalar>& frame, int64_t c, int64_t pixel) {
     return pixel * frame.sp + c;
   }
 
+  // f(begin, count) for chunks of channels; count is a constant for all but the last few.
+  template <class F>
+  TEMPOPS_INLINE void each_chunk(const F& f) const {
+    int64_t c = 0;
+    for (; c + 128 <= C; c += 128) f(c, std::integral_constant<int64_t, 128>());
+    for (; c + 64 <= C; c += 64) f(c, std::integral_constant<int64_t, 64>());
+    if (c < C) f(c, C - c);
+  }
+
   template <bool with_grad, class scalar>
   TEMPOPS_INLINE void add(double* __restrict dot, double* __restrict square, double* __restrict product,
                           Frame<scalar> here, Frame<scalar> next, Frame<scalar> grad) const {
-    for (int64_t slot = 0; slot < pixels; ++slot)
-      for (int64_t begin = 0; begin < C; begin += kChannels) {
-        const int64_t count = std::min(kChannels, C - begin);
-        const scalar* __restrict a = here.data + at(here, begin, first + slot);
-        const scalar* __restrict b = next.data + at(next, begin, first + slot);
-        const scalar* __restrict g = grad.data + at(grad, begin, first + slot);
+    for (int64_t p = 0; p < pixels; ++p) {
+      if (p < following) {
+        prefetch(next.data + at(next, 0, first + pixels + p), C);
+        if constexpr (with_grad) prefetch(grad.data + at(grad, 0, first + pixels + p), C);
+      }
+      each_chunk([&](int64_t begin, auto count) TEMPOPS_INLINE {
+        const scalar* __restrict a = here.data + at(here, begin, first + p);
+        const scalar* __restrict b = next.data + at(next, begin, first + p);
+        const scalar* __restrict g = grad.data + at(grad, begin, first + p);
         acc_t<scalar> ab = 0, bb = 0, gb = 0;
         _Pragma("omp simd reduction(+ : ab, bb, gb)") for (int64_t c = 0; c < count; ++c) {
           const acc_t<scalar> value = load(b[c]);
@@ -145,31 +151,39 @@ struct ChannelsLastBlock {
           bb += value * value;
           if constexpr (with_grad) gb += load(g[c]) * value;
         }
-        dot[slot] += ab;
-        square[slot] += bb;
-        if constexpr (with_grad) product[slot] += gb;
-      }
-  }
-
-  template <class scalar, class F>
-  TEMPOPS_INLINE void write(Frame<scalar> out, const F& f) const {
-    for (int64_t slot = 0; slot < pixels; ++slot) {
-      scalar* __restrict row = out.data + at(out, 0, first + slot);
-      const auto element = f(slot);
-      _Pragma("omp simd") for (int64_t c = 0; c < C; ++c) row[c] = store<scalar>(element(c, first + slot));
+        dot[p] += ab;
+        square[p] += bb;
+        if constexpr (with_grad) product[p] += gb;
+      });
     }
   }
 
-  template <class F>
-  TEMPOPS_INLINE void each_pixel(const F& f) const {
-    for (int64_t slot = 0; slot < pixels; ++slot) f(slot, first + slot);
+  template <int terms, class scalar>
+  TEMPOPS_INLINE void mix(Frame<scalar> out, const Frame<scalar>* frames, const acc_t<scalar>* const* factors) const {
+    for (int64_t p = 0; p < pixels; ++p) {
+      scalar* __restrict row = out.data + at(out, 0, first + p);
+      const scalar* source[terms];
+      acc_t<scalar> factor[terms];
+      for (int k = 0; k < terms; ++k) {
+        source[k] = frames[k].data + at(frames[k], 0, first + p);
+        factor[k] = factors[k][p];
+      }
+      _Pragma("omp simd") for (int64_t c = 0; c < C; ++c) {
+        acc_t<scalar> sum = factor[0] * load(source[0][c]);
+        for (int k = 1; k < terms; ++k) sum += factor[k] * load(source[k][c]);
+        row[c] = store<scalar>(sum);
+      }
+    }
   }
 };
 
-// Whether a frame's norm at a pixel counts as zero, decided in the type that eager computes in.
+// |frame| at a pixel; infinite, so that its inverse is 0, where it counts as zero. That is decided in the type that
+// eager computes in. The choice is made before the division: the compiler then leaves no branch in the loop over
+// pixels.
 template <class acc>
-TEMPOPS_INLINE inline bool is_still(double square, double eps) {
-  return static_cast<acc>(std::sqrt(square)) <= static_cast<acc>(eps);
+TEMPOPS_INLINE inline double norm(double square, double eps) {
+  const double root = std::sqrt(square);
+  return static_cast<acc>(root) <= static_cast<acc>(eps) ? std::numeric_limits<double>::infinity() : root;
 }
 
 // The sums of the pair (t, t+1). `fresh` is set where the walk begins, so that frame t's own sums are not there yet.
@@ -178,18 +192,10 @@ TEMPOPS_INLINE inline void add_pair(Sums& sums, const Block& block, const Clip& 
                                     int64_t t, bool fresh) {
   for (int64_t frame = fresh ? t : t + 1; frame <= t + 1; ++frame) {
     double *square = sums.square[frame % 2], *product = sums.product[frame % 2];
-    for (int64_t i = 0; i < block.slots(); ++i) sums.dot[i] = square[i] = product[i] = 0;
+    for (int64_t i = 0; i < block.pixels; ++i) sums.dot[i] = square[i] = product[i] = 0;
     block.template add<with_grad>(sums.dot, square, product, Frame<scalar>(x, n, t), Frame<scalar>(x, n, frame),
                                   Frame<scalar>(grad, n, frame));
   }
-}
-
-// The cosine of the pair (t, t+1).
-template <class acc>
-TEMPOPS_INLINE inline double cosine(const Sums& sums, int64_t t, int64_t slot, double eps) {
-  const double here = sums.square[t % 2][slot], next = sums.square[(t + 1) % 2][slot];
-  const bool still = is_still<acc>(here, eps) | is_still<acc>(next, eps);
-  return still ? 0 : sums.dot[slot] / (std::sqrt(here) * std::sqrt(next));
 }
 
 // out is the gated frames, or the similarity [N, T, P] seen as clips of one channel.
@@ -204,41 +210,22 @@ void forward(const Clip& out, const Clip& x, double eps) {
       const int64_t t = i % pairs, n = i / pairs / blocks;
       const Block block(x, blocks, i / pairs % blocks);
       add_pair<false, scalar>(sums, block, x, x, n, t, t == 0 || i == begin);
-      for (int64_t slot = 0; slot < block.slots(); ++slot) {
-        const double s = cosine<acc>(sums, t, slot, eps);
-        result[slot] = static_cast<acc>(gate ? 1 - s : s);
+      for (int64_t p = 0; p < block.pixels; ++p) {
+        const double norms = norm<acc>(sums.square[t % 2][p], eps) * norm<acc>(sums.square[(t + 1) % 2][p], eps);
+        const double s = sums.dot[p] / norms;
+        result[p] = static_cast<acc>(gate ? 1 - s : s);
       }
       for (int64_t frame = t; frame < (t + 2 == x.T ? x.T : t + 1); ++frame) {
         if constexpr (gate) {
           const Frame<scalar> source(x, n, frame);
-          block.write(Frame<scalar>(out, n, frame), [&](int64_t slot) TEMPOPS_INLINE {
-            return [source, factor = result[slot]](int64_t c, int64_t pixel)
-                       TEMPOPS_INLINE { return load(source.data[Block::at(source, c, pixel)]) * factor; };
-          });
+          const acc* factor = result;
+          block.template mix<1>(Frame<scalar>(out, n, frame), &source, &factor);
         } else {
-          scalar* map = out.frame<scalar>(n, frame);
-          block.each_pixel([&](int64_t slot, int64_t pixel)
-                               TEMPOPS_INLINE { map[pixel] = store<scalar>(result[slot]); });
+          scalar* __restrict map = out.frame<scalar>(n, frame) + block.first;
+          for (int64_t p = 0; p < block.pixels; ++p) map[p] = store<scalar>(result[p]);
         }
       }
     }
-  });
-}
-
-// dx of frame t from its neighbours where the clip has them; what lies outside is not read.
-template <bool gate, bool previous, bool next, class scalar, class Block>
-TEMPOPS_INLINE inline void write_gradient(const Block& block, const Factors<acc_t<scalar>>& factors, const Clip& dx,
-                                          const Clip& grad, const Clip& x, int64_t n, int64_t t) {
-  const Frame<scalar> g(grad, n, t), before(x, n, t - previous), here(x, n, t), after(x, n, t + next);
-  block.write(Frame<scalar>(dx, n, t), [&](int64_t slot) TEMPOPS_INLINE {
-    return [=, by_grad = factors.grad[slot], by_here = factors.here[slot], by_before = factors.previous[slot],
-            by_after = factors.next[slot]](int64_t c, int64_t pixel) TEMPOPS_INLINE {
-      acc_t<scalar> sum = by_here * load(here.data[Block::at(here, c, pixel)]);
-      if constexpr (previous) sum += by_before * load(before.data[Block::at(before, c, pixel)]);
-      if constexpr (next) sum += by_after * load(after.data[Block::at(after, c, pixel)]);
-      if constexpr (gate) sum += by_grad * load(g.data[Block::at(g, c, pixel)]);
-      return sum;
-    };
   });
 }
 
@@ -250,7 +237,7 @@ void backward(const Clip& dx, const Clip& grad, const Clip& x, double eps) {
   const int64_t blocks = Block::count(x), T = x.T;
   parallel(x.N * blocks * T, x.C * x.P / blocks, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     Sums sums;
-    Factors<acc> factors;
+    alignas(64) acc by_grad[kSlots], by_here[kSlots], by_previous[kSlots], by_next[kSlots];
     alignas(64) double across[2][kSlots], along[2][kSlots];  // h / |a||b| and h s, of even and of odd pairs
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = i % T, n = i / T / blocks;
@@ -261,38 +248,46 @@ void backward(const Clip& dx, const Clip& grad, const Clip& x, double eps) {
         const int64_t here = pair % 2, next = 1 - here;
         const bool last = pair + 2 == T;
         if constexpr (!gate) {
-          const scalar* map = grad.frame<scalar>(n, pair);
-          const scalar* copy = grad.frame<scalar>(n, pair + last);
-          block.each_pixel([&](int64_t slot, int64_t pixel) TEMPOPS_INLINE {
-            sums.product[here][slot] = -static_cast<double>(load(map[pixel]));
-            sums.product[next][slot] = -static_cast<double>(load(copy[pixel]));
-          });
+          const scalar* __restrict map = grad.frame<scalar>(n, pair) + block.first;
+          const scalar* __restrict copy = grad.frame<scalar>(n, pair + last) + block.first;
+          for (int64_t p = 0; p < block.pixels; ++p) {
+            sums.product[here][p] = -static_cast<double>(load(map[p]));
+            sums.product[next][p] = -static_cast<double>(load(copy[p]));
+          }
         }
-        for (int64_t slot = 0; slot < block.slots(); ++slot) {
-          const double a = sums.square[here][slot], b = sums.square[next][slot];
-          const double h = -sums.product[here][slot] - (last ? sums.product[next][slot] : 0);
-          const bool still = is_still<acc>(a, eps) | is_still<acc>(b, eps);
-          const double scale = still ? 0 : 1 / (std::sqrt(a) * std::sqrt(b));
-          const double s = still ? 0 : sums.dot[slot] * scale;
-          across[here][slot] = still ? 0 : h * scale;
-          along[here][slot] = still ? 0 : h * s;
-          factors.grad[slot] = static_cast<acc>(1 - s);
+        for (int64_t p = 0; p < block.pixels; ++p) {
+          const double inverse = 1 / (norm<acc>(sums.square[here][p], eps) * norm<acc>(sums.square[next][p], eps));
+          const double s = sums.dot[p] * inverse;
+          const double h = -sums.product[here][p] - (last ? sums.product[next][p] : 0);
+          across[here][p] = h * inverse;
+          along[here][p] = h * s;
+          by_grad[p] = static_cast<acc>(1 - s);
         }
       }
       const int64_t here = t % 2, before = 1 - here;
-      for (int64_t slot = 0; slot < block.slots(); ++slot) {
-        const double square = sums.square[here][slot];
-        const double sum = (t > 0 ? along[before][slot] : 0) + (t + 1 < T ? along[here][slot] : 0);
-        factors.here[slot] = static_cast<acc>(is_still<acc>(square, eps) ? 0 : -sum / square);
-        factors.previous[slot] = static_cast<acc>(across[before][slot]);
-        factors.next[slot] = static_cast<acc>(across[here][slot]);
+      const double* along_previous = t > 0 ? along[before] : kZeros;
+      const double* along_next = t + 1 < T ? along[here] : kZeros;
+      for (int64_t p = 0; p < block.pixels; ++p) {
+        const double size = norm<acc>(sums.square[here][p], eps);
+        by_here[p] = static_cast<acc>(-(along_previous[p] + along_next[p]) / (size * size));
+        by_previous[p] = static_cast<acc>(across[before][p]);
+        by_next[p] = static_cast<acc>(across[here][p]);
       }
-      if (t == 0)
-        write_gradient<gate, false, true, scalar>(block, factors, dx, grad, x, n, t);
-      else if (t + 1 == T)
-        write_gradient<gate, true, false, scalar>(block, factors, dx, grad, x, n, t);
-      else
-        write_gradient<gate, true, true, scalar>(block, factors, dx, grad, x, n, t);
+      constexpr int kTerms = gate ? 4 : 3;
+      Frame<scalar> frames[kTerms];
+      const acc* factors[kTerms];
+      int terms = 0;
+      const auto term = [&](const Clip& clip, int64_t frame, const acc* factor) TEMPOPS_INLINE {
+        frames[terms] = {clip, n, frame};
+        factors[terms++] = factor;
+      };
+      term(x, t, by_here);
+      if constexpr (gate) term(grad, t, by_grad);
+      if (t > 0) term(x, t - 1, by_previous);
+      if (t + 1 < T) term(x, t + 1, by_next);
+      const Frame<scalar> out(dx, n, t);
+      terms == kTerms ? block.template mix<kTerms>(out, frames, factors)
+                      : block.template mix<kTerms - 1>(out, frames, factors);
     }
   });
 }
