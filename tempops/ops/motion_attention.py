@@ -75,7 +75,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ops, ctx, dy: Tensor):
     needs = ctx.needs_input_grad[:3]
     grads = ops.motion_attention_backward(dy, *ctx.saved_tensors, ctx.centered, *needs)
-    return *(grad if need else None for grad, need in zip(grads, needs)), None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
 
 def _save_backward(ctx, inputs, output) -> None:
@@ -86,7 +86,7 @@ def _save_backward(ctx, inputs, output) -> None:
 def _double_backward(ops, ctx, *ddgrads: Tensor):
     dy, x, forward, backward = ctx.saved_tensors
     needs = (ctx.need_x, ctx.need_forward, ctx.need_backward)
-    dds = (dd if need and dd is not None else torch.zeros_like(x) for dd, need in zip(ddgrads, needs))
+    dds = (dd if need and dd is not None else torch.zeros_like(x) for dd, need in zip(ddgrads, needs, strict=True))
     return *_second_derivative(x, dy, forward, backward, *dds, ctx.centered), *[None] * 4
 
 
