@@ -82,6 +82,7 @@ def build() -> dict:
             depends=headers,
         ),
     ]
+
     class KeepObjects(BuildExtension):
         """Compiles only what changed since the last build, where pip's editable builds would start afresh."""
 

@@ -88,8 +88,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     import report
 
     compiled = "at every shape and layout" if config.getoption("--full") else "at two shapes, one in each layout"
-    notes = ["Medians, all memory warm. A copy moves as many bytes as the op must, reads and writes together.",
-             f"torch.compile: of the eager reference, {compiled}."]
+    notes = [
+        "Medians, all memory warm. A copy moves as many bytes as the op must, reads and writes together.",
+        f"torch.compile: of the eager reference, {compiled}.",
+    ]
     if (others := float(config.stash[contention_key])) > 0.05:
         notes.append(f"Other processes kept {others:.0%} of the cores busy: these times are not to be trusted.")
     terminalreporter.section("tempops")

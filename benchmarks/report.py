@@ -105,8 +105,13 @@ def plot(rows: list[Row], path: Path) -> None:
     for panel, direction in zip(panels, DIRECTIONS):
         for i, (name, (label, colour)) in enumerate(names.items()):
             chosen = [row for row in rows if row.direction == direction and {name, "copy"} <= row.seconds.keys()]
-            panel.scatter([row.seconds[name] / row.seconds["copy"] for row in chosen],
-                          [ops.index(row.op) + 0.2 * (i - 1) for row in chosen], s=14, color=colour, label=label)
+            panel.scatter(
+                [row.seconds[name] / row.seconds["copy"] for row in chosen],
+                [ops.index(row.op) + 0.2 * (i - 1) for row in chosen],
+                s=14,
+                color=colour,
+                label=label,
+            )
         panel.axvline(1, color="grey", linewidth=0.8)
         panel.set(title=direction, xscale="log", xlabel="time / time of a copy of the same bytes")
         panel.set_yticks(range(len(ops)), ops)
@@ -122,8 +127,19 @@ def _table(rows: list[Row]) -> list[str]:
     for row in rows:
         cpu, share = row.seconds.get("cpu"), row.over("copy")
         figures = ("-", "-") if cpu is None else (f"{cpu * 1e6:.0f} us", f"{row.bytes / cpu / 1e9:.1f} GB/s")
-        text.append((row.op, row.direction, row.layout, row.dtype, row.shape, *figures,
-                     "-" if share is None else f"{share:.0%}", _times(row.over("eager")), _times(row.over("compile"))))
+        text.append(
+            (
+                row.op,
+                row.direction,
+                row.layout,
+                row.dtype,
+                row.shape,
+                *figures,
+                "-" if share is None else f"{share:.0%}",
+                _times(row.over("eager")),
+                _times(row.over("compile")),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*text)]
     pads = [f"<{width}" for width in widths[:5]] + [f">{width}" for width in widths[5:]]
     out = []
@@ -183,8 +199,11 @@ def _times(ratio: float | None) -> str:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    named = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
+    named = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return named[0] if named else platform.processor() or platform.machine()
 
 

@@ -50,12 +50,15 @@ class Point(NamedTuple):
 
 
 def points(full: bool) -> list[Point]:
-    return [Point(op, direction, layout, dtype, shape)
-            for op, case in TIMED.items()
-            for dtype in (DTYPES if full else DTYPES[:1])
-            for direction in DIRECTIONS
-            for layout in LAYOUTS
-            for shape in case.activations if layout == "contiguous" or _has_layout(case, shape)]
+    return [
+        Point(op, direction, layout, dtype, shape)
+        for op, case in TIMED.items()
+        for dtype in (DTYPES if full else DTYPES[:1])
+        for direction in DIRECTIONS
+        for layout in LAYOUTS
+        for shape in case.activations
+        if layout == "contiguous" or _has_layout(case, shape)
+    ]
 
 
 def _has_layout(case: Case, shape: str) -> bool:
@@ -71,14 +74,19 @@ def _compiled(point: Point) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.getoption("--full")
-    chosen = [(*point, name) for point in points(full) for name in IMPLEMENTATIONS
-              if name != "compile" or full or _compiled(point)]
+    chosen = [
+        (*point, name)
+        for point in points(full)
+        for name in IMPLEMENTATIONS
+        if name != "compile" or full or _compiled(point)
+    ]
     metafunc.parametrize((*Point._fields, "implementation"), chosen, ids=map("-".join, chosen))
 
 
 @pytest.mark.benchmark(disable_gc=True)
-def test_speed(benchmark, rows: dict, op: str, direction: str, layout: str, dtype: str, shape: str,
-               implementation: str) -> None:
+def test_speed(
+    benchmark, rows: dict, op: str, direction: str, layout: str, dtype: str, shape: str, implementation: str
+) -> None:
     point = Point(op, direction, layout, dtype, shape)
     x, others, grads, traffic = inputs(point)
     with tempops.backend("cpu" if implementation == "cpu" else "eager"):
@@ -112,8 +120,9 @@ def inputs(point: Point) -> tuple[Tensor, tuple, tuple[Tensor, ...], int]:
 
     x = laid_out(case.from_activation(activations()[shape]).clone())
     frames, *sizes = SIZES[shape]
-    others = case.others(Shape(frames // SEGMENTS, SEGMENTS, *sizes),
-                         lambda *sizes: laid_out(torch.randn(sizes, generator=generator)))
+    others = case.others(
+        Shape(frames // SEGMENTS, SEGMENTS, *sizes), lambda *sizes: laid_out(torch.randn(sizes, generator=generator))
+    )
     with tempops.backend("eager"), torch.no_grad():
         outputs = _tuple(case.call(x, SEGMENTS, *others))
     tensors = [x, *(other for other in others if isinstance(other, Tensor))]

@@ -19,16 +19,15 @@ template <int rows, int columns, class acc>
 TEMPOPS_INLINE inline void multiply_add(acc (&sum)[rows][columns], const acc* const (&a)[rows], int64_t a_step,
                                         const acc* __restrict b, int64_t b_step, int64_t terms) {
   for (int64_t k = 0; k < terms; ++k) {
-    _Pragma("GCC unroll 8")
-    for (int i = 0; i < rows; ++i) {
+    _Pragma("GCC unroll 8") for (int i = 0; i < rows; ++i) {
       const acc factor = a[i][k * a_step];
-      _Pragma("omp simd")
-      for (int j = 0; j < columns; ++j) sum[i][j] += factor * b[k * b_step + j];
+      _Pragma("omp simd") for (int j = 0; j < columns; ++j) sum[i][j] += factor * b[k * b_step + j];
     }
   }
 }
 
-// C (+)= A B with C(i, j) = c[i * c_row + j * c_column], A(i, k) = a[i * a_row + k * a_step], B(k, j) = b[k * b_row + j].
+// C (+)= A B with C(i, j) = c[i * c_row + j * c_column], A(i, k) = a[i * a_row + k * a_step], B(k, j) = b[k * b_row +
+// j].
 template <int rows, int columns, class acc>
 void product_of_tiles(acc* c, int64_t c_row, int64_t c_column, const acc* a, int64_t a_row, int64_t a_step,
                       const acc* b, int64_t b_row, int64_t M, int64_t N, int64_t K, bool accumulate) {
@@ -59,7 +58,8 @@ void product_of_tiles(acc* c, int64_t c_row, int64_t c_column, const acc* a, int
       }
       for (int64_t i = 0; i < height; ++i) {
         acc* to = c + (m + i) * c_row + n * c_column;
-        for (int64_t j = 0; j < width; ++j) to[j * c_column] = accumulate ? to[j * c_column] + total[i][j] : total[i][j];
+        for (int64_t j = 0; j < width; ++j)
+          to[j * c_column] = accumulate ? to[j * c_column] + total[i][j] : total[i][j];
       }
     }
   });

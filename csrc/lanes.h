@@ -7,9 +7,9 @@ namespace tempops {
 
 constexpr int64_t kLanes = 16;  // elements of a step; one AVX-512 vector of floats
 
-// Calls f(i) for all i in [0, n), some of them twice, in steps that vectorise without a remainder: the last step reaches
-// back where n is no multiple. So f must give the same result the second time. Before the step that begins at i comes
-// hint(i).
+// Calls f(i) for all i in [0, n), some of them twice, in steps that vectorise without a remainder: the last step
+// reaches back where n is no multiple. So f must give the same result the second time. Before the step that begins at i
+// comes hint(i).
 template <class Hint, class F>
 TEMPOPS_INLINE inline void each(int64_t n, const Hint& hint, const F& f) {
   for (int64_t i = 0; i + kLanes <= n; i += kLanes) {

@@ -155,4 +155,4 @@ def test_more_than_2_31_elements(channels_last):
     x[-1, 0], x[-2, 1] = 1, 2
     tempops.temporal_shift_(x, t, 32)
     assert (x[-2, 0] == 1).all() and (x[-1, 1] == 2).all()
-    assert not x[-1, 0].any() and not x[-2, 1].any() and not x[: -t, :2].any()
+    assert not x[-1, 0].any() and not x[-2, 1].any() and not x[:-t, :2].any()

@@ -110,7 +110,7 @@ ARGUMENTS = {
     "conv": (ValueError, "weight must", lambda: tempops.shift_conv1x1(X, CONV[:, :8], None, 4)),
     "conv kernel": (ValueError, "weight must", lambda: tempops.shift_conv1x1(X, torch.randn(8, 16, 3, 3), None, 4)),
     "bias": (ValueError, "bias must have shape", lambda: tempops.shift_conv1x1(X, CONV, torch.randn(9), 4)),
-    "activation": (ValueError, "activation must be", lambda: tempops.shift_conv1x1(X, CONV, n_segment=4, activation="g")),
+    "activation": (ValueError, "activation must", lambda: tempops.shift_conv1x1(X, CONV, n_segment=4, activation="g")),
 }  # fmt: skip
 
 

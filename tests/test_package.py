@@ -89,8 +89,13 @@ def test_a_program_without_python_calls_an_op_by_name(tmp_path):
 
 def test_main_prints_what_was_built(tmp_path):
     path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, "-m", "tempops"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "tempops"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert (run.returncode, run.stderr) == (0, "")
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in run.stdout.splitlines())
     assert facts["tempops"] == tempops.__version__
@@ -161,15 +166,19 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path, sentence, code, setti
 
 
 def test_the_build_sees_the_torch_of_the_environment(tmp_path):
-    hidden = ("import sys; from importlib.util import find_spec; print(find_spec('torch'));"
-              "sys.path.insert(0, 'tools'); import backend;"
-              "print(find_spec('torch').origin, backend.get_requires_for_build_wheel())")
+    hidden = (
+        "import sys; from importlib.util import find_spec; print(find_spec('torch'));"
+        "sys.path.insert(0, 'tools'); import backend;"
+        "print(find_spec('torch').origin, backend.get_requires_for_build_wheel())"
+    )
     # A build environment hides the user's packages, as -S does here.
     run = build_python(tmp_path, f"import subprocess; subprocess.run([sys.executable, '-S', '-c', {hidden!r}])")
     assert run.stdout == f"None\n{TORCH / '__init__.py'} ['other']\n", run.stdout + run.stderr
 
 
 def test_the_build_asks_for_torch_where_there_is_none(tmp_path):
-    code = ("import backend; backend.has_torch = lambda: False;"
-            "print(backend.get_requires_for_build_editable(), backend.get_requires_for_build_sdist())")
+    code = (
+        "import backend; backend.has_torch = lambda: False;"
+        "print(backend.get_requires_for_build_editable(), backend.get_requires_for_build_sdist())"
+    )
     assert build_python(tmp_path, code).stdout == "['other', 'torch>=2.11'] []\n"

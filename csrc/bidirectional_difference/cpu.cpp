@@ -71,7 +71,8 @@ std::vector<acc_t<scalar>> taps_of(const Tensor& weight, const Clip& x, bool tra
   return taps;
 }
 
-// A strip of one plane with a row and a pixel more on all sides. Left and right of a row lies another one: `column` tells.
+// A strip of one plane with a row and a pixel more on all sides. Left and right of a row lies another one: `column`
+// tells.
 template <class acc>
 struct Plane {
   std::vector<acc> memory;
@@ -82,8 +83,8 @@ struct Plane {
   }
 };
 
-// Fills rows [begin - 1, end + 1) of a plane from value(offset in the plane). Rows outside the plane are zero: they stay
-// so in a plane that is one strip.
+// Fills rows [begin - 1, end + 1) of a plane from value(offset in the plane). Rows outside the plane are zero: they
+// stay so in a plane that is one strip.
 template <class acc, class F>
 TEMPOPS_INLINE inline void fill_plane(acc* plane, const Clip& x, const Block& b, const F& value) {
   const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1);
@@ -205,9 +206,8 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
           } else {
             scalar* __restrict dst = past < t ? y_past : y_future;
             const scalar* __restrict src = past < t ? x_past : x_future;
-            each(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
-              dst[p] = store<scalar>(sign * (load(src[p]) - product(p)));
-            });
+            each(count, fetch,
+                 [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (load(src[p]) - product(p))); });
           }
         }
       }
@@ -273,9 +273,8 @@ struct Gradients {
 
   TEMPOPS_INLINE Gradients(const Clip& forward, const Clip& backward, int64_t n, int64_t t, int64_t at_forward,
                            int64_t at_backward) {
-    const auto frame = [&](const Clip& clip, int64_t frame_t, bool there, int64_t at) TEMPOPS_INLINE {
-      return there ? clip.frame<scalar>(n, frame_t) + at : nullptr;
-    };
+    const auto frame = [&](const Clip& clip, int64_t frame_t, bool there, int64_t at)
+                           TEMPOPS_INLINE { return there ? clip.frame<scalar>(n, frame_t) + at : nullptr; };
     product_past = frame(forward, t - 1, t > 0, at_forward);
     product_future = frame(backward, t + 1, t + 1 < forward.T, at_backward);
     frame_forward = frame(forward, t, t + 1 < forward.T, at_forward);
@@ -334,8 +333,8 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
   const int64_t units = tiling.units(x);
-  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x), [&](int64_t first,
-                                                                                int64_t last) TEMPOPS_INLINE {
+  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
+           [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     Plane<acc> plane(x, tiling), plane_x(x, tiling);
     std::vector<acc> sums_memory(tiling.channels * kTaps * kLanes);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
@@ -363,9 +362,8 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
           if (partials && (terms += blocks_of(count, kLanes)) > kTerms) flush();
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
             const Gradients<scalar> g(forward, backward, b.n, t, c * forward.sc, c * backward.sc);
-            with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
-              fill_plane(plane.data, x, b, value);
-            });
+            with_sum(g.product_past, g.product_future,
+                     [&](auto value) TEMPOPS_INLINE { fill_plane(plane.data, x, b, value); });
             if (partials) {
               const scalar* __restrict src = x.frame<scalar>(b.n, t) + c * x.sc + begin;
               acc* __restrict dst = plane_x.data;
@@ -376,9 +374,8 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
               const ProductPlanar<acc> product{plane.data, taps.data() + c * kTaps, columns.data(), x.W};
               scalar* __restrict dst = dx->frame<scalar>(b.n, t) + c * dx->sc + begin;
               with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
-                each(count, [&](int64_t p) TEMPOPS_INLINE {
-                  dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
-                });
+                each(count,
+                     [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (value(begin + p) - product(p))); });
               });
             }
           }
@@ -390,15 +387,15 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
 }
 
 template <class scalar>
-void backward_channels_last(const Clip* dx, double* partials, int64_t groups, const Clip& forward,
-                            const Clip& backward, const Clip& x, const Tensor& weight, acc_t<scalar> sign) {
+void backward_channels_last(const Clip* dx, double* partials, int64_t groups, const Clip& forward, const Clip& backward,
+                            const Clip& x, const Tensor& weight, acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
   const std::vector<acc> zeros(tiling.channels, acc(0));
   const int64_t units = tiling.units(x);
-  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x), [&](int64_t first,
-                                                                                int64_t last) TEMPOPS_INLINE {
+  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
+           [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     std::vector<acc> strip((tiling.rows + 2) * x.W * tiling.channels);
     std::vector<acc> sums_memory(kTaps * tiling.channels);
     acc* __restrict sums = sums_memory.data();
@@ -423,9 +420,8 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
           for (int64_t p = lo * x.W; p < hi * x.W; ++p) {
             acc* __restrict dst = strip.data() + (p - lo * x.W) * C;
             with_sum(g.product_past ? g.product_past + p * forward.sp : nullptr,
-                     g.product_future ? g.product_future + p * backward.sp : nullptr, [&](auto value) TEMPOPS_INLINE {
-                       each(C, [&](int64_t c) TEMPOPS_INLINE { dst[c] = value(c); });
-                     });
+                     g.product_future ? g.product_future + p * backward.sp : nullptr,
+                     [&](auto value) TEMPOPS_INLINE { each(C, [&](int64_t c) TEMPOPS_INLINE { dst[c] = value(c); }); });
           }
           for (int64_t i = b.begin; i < b.end; ++i) {
             Around<acc> around(rows, zeros.data(), x, C, i);
@@ -438,10 +434,10 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
                 with_sum(g.frame_forward ? g.frame_forward + p * forward.sp : nullptr,
                          g.frame_backward ? g.frame_backward + p * backward.sp : nullptr,
                          [&](auto value) TEMPOPS_INLINE {
-                           each(C, [&](int64_t c) TEMPOPS_INLINE {
-                             dst[c] = store<scalar>(sign * (value(c) - product_at(around.tap, w, x.C, c)));
-                           });
-                         });
+                  each(C, [&](int64_t c) TEMPOPS_INLINE {
+                    dst[c] = store<scalar>(sign * (value(c) - product_at(around.tap, w, x.C, c)));
+                  });
+                });
               }
               if (partials) {
                 const scalar* __restrict src = x.frame<scalar>(b.n, t) + p * x.sp + b.c;
@@ -463,9 +459,9 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
 }
 
 Tensor checked_weight(const Tensor& weight, const Clip& x) {
-  TEMPOPS_CHECK(weight.dim() == 4 && weight.size(0) == x.C && weight.size(1) == 1 && weight.size(2) == 3 &&
-                    weight.size(3) == 3,
-                "weight must have shape [C, 1, 3, 3] with C = ", x.C);
+  TEMPOPS_CHECK(
+      weight.dim() == 4 && weight.size(0) == x.C && weight.size(1) == 1 && weight.size(2) == 3 && weight.size(3) == 3,
+      "weight must have shape [C, 1, 3, 3] with C = ", x.C);
   return dense_argument(weight, x.tensor, "weight");
 }
 

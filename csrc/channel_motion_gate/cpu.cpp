@@ -9,8 +9,7 @@ namespace {
 template <class acc>
 TEMPOPS_INLINE inline acc dot(const acc* __restrict a, const acc* __restrict b, int64_t count) {
   acc sum = 0;
-  _Pragma("omp simd reduction(+ : sum)")
-  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+  _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
   return sum;
 }
 
@@ -183,9 +182,11 @@ Tensor channel_motion_gate(const Tensor& pooled, const Tensor& w1, const Tensor&
 }
 
 // z, k and what they are mixed to are computed again: the forward keeps nothing but its result.
-std::tuple<Tensor, Tensor, Tensor, Tensor> channel_motion_gate_backward(
-    const Tensor& grad, const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Tensor& w3,
-    const Tensor& output, int64_t n_segment, bool need_pooled, bool need_w1, bool need_w2, bool need_w3) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_motion_gate_backward(const Tensor& grad, const Tensor& pooled,
+                                                                        const Tensor& w1, const Tensor& w2,
+                                                                        const Tensor& w3, const Tensor& output,
+                                                                        int64_t n_segment, bool need_pooled,
+                                                                        bool need_w1, bool need_w2, bool need_w3) {
   const Gate g = gate_of(pooled, w1, w2, w3, n_segment);
   for (const Tensor* x : {&grad, &output})
     TEMPOPS_CHECK(x->dim() == 2 && x->size(0) == g.frames && x->size(1) == g.C, "grad and output must be [", g.frames,
@@ -193,8 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> channel_motion_gate_backward(
   const Tensor z = linear(g.pooled, g.w1), k = linear(g.pooled, g.w2);
   // A result rounded to half the bits says too little of its slope a (1 - a).
   const bool exact = output.scalar_type() == z.scalar_type();
-  const Tensor gate = exact ? dense_argument(output, pooled, "output")
-                            : aten("aten::sigmoid_", "", linear(mixed(g, z, k), g.w3));
+  const Tensor gate =
+      exact ? dense_argument(output, pooled, "output") : aten("aten::sigmoid_", "", linear(mixed(g, z, k), g.w3));
   const Tensor dlogits = aten("aten::sigmoid_backward", "", widened(grad, pooled, "grad"), gate);
   Tensor dpooled = no_gradient(pooled), dw1 = no_gradient(w1), dw2 = no_gradient(w2), dw3 = no_gradient(w3);
   if (need_w3) dw3 = rounded(over_frames(dlogits, mixed(g, z, k)), g);

@@ -1,5 +1,6 @@
-// frame_difference on the CPU. A run of rows is subtracted into a buffer of the first-level cache and pooled from there,
-// for one pair of frames after the other: the later frame of a pair is read from the cache as the earlier of the next.
+// frame_difference on the CPU. A run of rows is subtracted into a buffer of the first-level cache and pooled from
+// there, for one pair of frames after the other: the later frame of a pair is read from the cache as the earlier of the
+// next.
 #include "../cpu.h"
 
 namespace tempops {
@@ -115,7 +116,8 @@ template <int fixed, class scalar>
 void difference_planar(const Clip& y, const Clip& x, const Frames& f) {
   using acc = acc_t<scalar>;
   const Cut cut = cut_of(f, x.H, x.W);
-  parallel(cut.items(x.N), f.F * cut.channels * cut.rows * f.pool * x.W, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+  parallel(cut.items(x.N), f.F * cut.channels * cut.rows * f.pool * x.W,
+           [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     const int64_t pool = fixed ? fixed : f.pool, W = x.W;
     auto differences = buffer_of<acc>(std::max(cut.channels * x.P, cut.rows * pool * W));
     auto sums = buffer_of<acc>(cut.channels * cut.rows * f.width);
@@ -164,8 +166,8 @@ void difference_channels_last(const Clip& y, const Clip& x, const Frames& f) {
           scalar* __restrict to = out + w * y.sp;
           for (int64_t k = 0; k < moving; ++k) {
             const acc above = (load(a[k + f.C]) - load(a[k])) + (load(b[k + f.C]) - load(b[k]));
-            const acc under = (load(a[below + k + f.C]) - load(a[below + k])) +
-                              (load(b[below + k + f.C]) - load(b[below + k]));
+            const acc under =
+                (load(a[below + k + f.C]) - load(a[below + k])) + (load(b[below + k + f.C]) - load(b[below + k]));
             to[k] = store<scalar>(mean<fixed>(above + under, pool));
           }
         }
@@ -198,7 +200,7 @@ void gradient_planar(const Clip& dx, const Clip& dy, const Frames& f) {
   parallel(cut.items(dx.N), f.F * cut.channels * cut.rows * f.pool * dx.W,
            [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     const int64_t pool = fixed ? fixed : f.pool, W = dx.W;
-      auto shares = buffer_of<scalar>(cut.channels * cut.rows * f.width);
+    auto shares = buffer_of<scalar>(cut.channels * cut.rows * f.width);
     auto maps = buffer_of<scalar>(std::max(cut.channels * dx.P, (cut.rows + 1) * pool * W));
     for (int64_t item = begin; item < end; ++item) {
       const Block b(item, cut, f);
@@ -253,7 +255,8 @@ void gradient_channels_last(const Clip& dx, const Clip& dy, const Frames& f) {
         const scalar* __restrict from = dy.frame<scalar>(n, 0) + (h * f.width + w) * dy.sp;
         scalar* __restrict share = shares.data();
         for (int64_t k = 0; k < f.C; ++k) share[k] = store<scalar>(mean<fixed>(-load(from[k]), pool));
-        for (int64_t k = f.C; k < moving; ++k) share[k] = store<scalar>(mean<fixed>(load(from[k - f.C]) - load(from[k]), pool));
+        for (int64_t k = f.C; k < moving; ++k)
+          share[k] = store<scalar>(mean<fixed>(load(from[k - f.C]) - load(from[k]), pool));
         for (int64_t k = moving; k < FC; ++k) share[k] = store<scalar>(mean<fixed>(load(from[k - f.C]), pool));
         for (int64_t a = 0; a < pool; ++a)
           for (int64_t p = 0; p < pool; ++p) {
@@ -272,7 +275,8 @@ void gradient_channels_last(const Clip& dx, const Clip& dy, const Frames& f) {
           for (int64_t k = 0; k < moving; ++k) wide[w * FC + f.C + k] = load(from[w * dy.sp + k]);
         }
         scalar* __restrict share = shares.data();
-        for (int64_t i = 0; i < windows_here * FC; ++i) share[i] = store<scalar>(mean<fixed>(wide[i] - wide[i + f.C], pool));
+        for (int64_t i = 0; i < windows_here * FC; ++i)
+          share[i] = store<scalar>(mean<fixed>(wide[i] - wide[i + f.C], pool));
         scalar* __restrict to = repeated.data();
         for (int64_t w = 0; w < windows_here; ++w)
           for (int64_t p = 0; p < pool; ++p, to += FC)
@@ -322,10 +326,10 @@ Tensor frame_difference_backward(const Tensor& grad, int64_t n_frames, int64_t p
   check(n_frames, pool);
   const Clip dy = maps(grad, "grad");
   const Frames f{n_frames, dy.C / (n_frames - 1), pool, dy.H, dy.W};
-  TEMPOPS_CHECK(f.C * (f.F - 1) == dy.C && height >= 0 && width >= 0 && height / pool == f.height &&
-                    width / pool == f.width,
-                "grad [", dy.N, ", ", dy.C, ", ", dy.H, ", ", dy.W, "] does not fit n_frames=", n_frames, ", pool=", pool,
-                " and frames of ", height, " x ", width);
+  TEMPOPS_CHECK(
+      f.C * (f.F - 1) == dy.C && height >= 0 && width >= 0 && height / pool == f.height && width / pool == f.width,
+      "grad [", dy.N, ", ", dy.C, ", ", dy.H, ", ", dy.W, "] does not fit n_frames=", n_frames, ", pool=", pool,
+      " and frames of ", height, " x ", width);
   const Clip dx = empty_clips(dy, 1, f.F * f.C, height, width);
   if (dx.empty()) return dx.tensor;
   if (dy.empty()) return torch::stable::zero_(const_cast<Tensor&>(dx.tensor));

@@ -157,7 +157,8 @@ struct Rows {
   }
 };
 
-// The maximum of K elements in a line, `step` apart, for each of n elements, or the offset of the one that wins, or both.
+// The maximum of K elements in a line, `step` apart, for each of n elements, or the offset of the one that wins, or
+// both.
 template <int K, bool maxima, bool offsets, class word, class Line>
 TEMPOPS_INLINE inline void line_maximum(word* __restrict best, word* __restrict won, const word* __restrict keys,
                                         Line line, int64_t radius, int64_t step, int64_t n) {
@@ -319,9 +320,8 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
             const scalar* __restrict src = past + from;
             const word* __restrict maximum = best + at;
             scalar* __restrict dst = frame + to;
-            each(count, [&](int64_t i) TEMPOPS_INLINE {
-              dst[i] = store<scalar>(from_key<acc>(maximum[i]) - load(src[i]));
-            });
+            each(count,
+                 [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(from_key<acc>(maximum[i]) - load(src[i])); });
           });
         };
         pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});
@@ -373,7 +373,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
           scalar* frame = dx.frame<scalar>(b.n, t);
           each_run(dx, dx, b, first, last, [&](int64_t to, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
             scalar* __restrict dst = frame + to;
-            const acc *__restrict added = sum + at, *__restrict taken = here + at;
+            const acc* __restrict added = sum + at, * __restrict taken = here + at;
             if (!pooled)
               each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(-taken[i]); });
             else if (!subtracted)
@@ -455,7 +455,8 @@ Tensor motion_enhance_backward(const Tensor& grad, const Tensor& x_, Segments n_
   const Clip x = clips(x_, n_segment);
   const int64_t radius = radius_of(x, kernel_size);
   const Clip dy = clips(grad, x.rank == 4 ? Segments(x.T - 1) : std::nullopt, "grad", &x);
-  TEMPOPS_CHECK(dy.N == x.N && dy.T == x.T - 1 && dy.C == x.C && dy.H == x.H && dy.W == x.W, "grad has the wrong shape");
+  TEMPOPS_CHECK(dy.N == x.N && dy.T == x.T - 1 && dy.C == x.C && dy.H == x.H && dy.W == x.W,
+                "grad has the wrong shape");
   const Clip dx = empty_like(x);
   if (dx.empty()) return dx.tensor;
   by_dtype(x.dtype, [&](auto* type) {

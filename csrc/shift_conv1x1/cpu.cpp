@@ -207,7 +207,7 @@ template <bool wide, bool narrow, class scalar>
 void convolve(const Clip& y, const Clip& x, const Weight<scalar>& weight, const Epilogue<scalar>& epilogue,
               const Shift& shift) {
   constexpr int rows = Tile<scalar, wide>::rows;
-  constexpr int columns = Tile<scalar, wide && !narrow>::columns;
+  constexpr int columns = Tile < scalar, wide && !narrow > ::columns;
   const int64_t width = x.channels_last ? columns : rows;
   const Tensor buffer =
       torch::stable::new_empty(x.tensor, std::array<int64_t, 1>{(y.C + width - 1) / width * width * x.C});
@@ -264,7 +264,8 @@ Clip unflattened(const Tensor& out, const Clip& x, int64_t C) {
                               : std::vector<int64_t>{C * T * P, T * P, P, W, 1};
   }
   const Tensor dense = torch::stable::contiguous(out, memory_format(4, x.channels_last));
-  return detail::view(aten("aten::as_strided", "", dense, sizes, strides, std::optional<int64_t>()), T, x.channels_last);
+  return detail::view(aten("aten::as_strided", "", dense, sizes, strides, std::optional<int64_t>()), T,
+                      x.channels_last);
 }
 
 // A 1x1 convolution's geometry, in the order of ATen's arguments.
@@ -301,17 +302,17 @@ Tensor shift_conv1x1(const Tensor& x_, const Tensor& weight_, const std::optiona
     if (!y.empty()) convolve(y, x, weight, bias, activation.has_value(), shift);
     return y.tensor;
   }
-  const Tensor out = aten("aten::convolution", "", flat(shifted(x, shift)), weight, bias, kOne, kNone, kOne, false, kNone,
-                          int64_t(1));
+  const Tensor out =
+      aten("aten::convolution", "", flat(shifted(x, shift)), weight, bias, kOne, kNone, kOne, false, kNone, int64_t(1));
   return unflattened(activation ? aten("aten::relu_", "", out) : out, x, Cout).tensor;
 }
 
-// The transposes: dx = shift^T(W^T dy) where `weight` is given, dweight [Cout, C] = dy shift(x)^T where `x` is given, and
-// dbias, the sum of dy over clips, frames and pixels. `channels_last` is x's layout.
+// The transposes: dx = shift^T(W^T dy) where `weight` is given, dweight [Cout, C] = dy shift(x)^T where `x` is given,
+// and dbias, the sum of dy over clips, frames and pixels. `channels_last` is x's layout.
 std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, const std::optional<Tensor>& x_,
                                                           const std::optional<Tensor>& weight_, Segments n_segment,
-                                                          int64_t fold_div, const std::string& mode,
-                                                          bool channels_last, bool need_bias) {
+                                                          int64_t fold_div, const std::string& mode, bool channels_last,
+                                                          bool need_bias) {
   Clip like{};
   like.dtype = grad.scalar_type();
   like.rank = grad.dim();

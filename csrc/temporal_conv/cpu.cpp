@@ -2,8 +2,8 @@
 //
 // A tile of a frame is walked through the clip with a window of K frames, the coefficients of its channels laid out
 // beside it, so that every loop is a plain run over elements in either layout. The gradient to x is the same
-// combination of frames of dy with the taps reversed and the gate at the end; the gradients to weight and gate come from
-// the products x[t] * dy[t+R-k] of the same window.
+// combination of frames of dy with the taps reversed and the gate at the end; the gradients to weight and gate come
+// from the products x[t] * dy[t+R-k] of the same window.
 #include "../tile.h"
 
 namespace tempops {
@@ -79,8 +79,8 @@ struct Window {
   std::vector<const acc*> x, a;  // by tap
 
   Window(const Coefficients<scalar>& w_, bool transposed_, int64_t size_)
-      : w(w_), transposed(transposed_), size(size_), kernels(w.K * size), frames(w.K * size),
-        of_channel(size), x(w.K), a(w.K) {}
+      : w(w_), transposed(transposed_), size(size_), kernels(w.K * size), frames(w.K * size), of_channel(size), x(w.K),
+        a(w.K) {}
 
   // Lays the coefficients of the tile's channels out, unless they already are.
   TEMPOPS_INLINE void select(const Tile& next, int64_t clip) {
@@ -141,9 +141,8 @@ struct Window {
   }
 
   TEMPOPS_INLINE void combine_into(acc* out) const {
-    each_taps([&]<int M, bool one_channel>(int64_t m) TEMPOPS_INLINE {
-      combine<M, one_channel>(out, &x[m], &a[m], tile.size(), m > 0);
-    });
+    each_taps([&]<int M, bool one_channel>(int64_t m)
+                  TEMPOPS_INLINE { combine<M, one_channel>(out, &x[m], &a[m], tile.size(), m > 0); });
   }
 
   // sums holds one run a tap; tap j of the transposed convolution is tap K-1-j of the kernel.
@@ -203,8 +202,8 @@ Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<
   double *dweight = sums.weight.data(), *dgate = sums.gate.data();
   const bool with_dx = dx != nullptr;
   const Clip dx_ = with_dx ? *dx : x;
-  parallel(tiling.channel_blocks * parts, x.N * x.T * x.P * tiling.channels, [=](int64_t begin, int64_t end)
-                                                                                 TEMPOPS_INLINE {
+  parallel(tiling.channel_blocks * parts, x.N * x.T * x.P * tiling.channels,
+           [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     const int64_t size = tiling.size();
     Window<scalar> window(w, true, size);
     Scratch<acc> products(w.K * size), s(size), here(size), gated(size);

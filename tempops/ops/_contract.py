@@ -195,8 +195,14 @@ def _cast(value: object, dtype: torch.dtype | None) -> object:
     return value.to(dtype) if floating and dtype in DTYPES else value
 
 
-def register(name: str, fake: Callable, *, setup_context: Callable | None = None, backward: Callable | None = None,
-             check: Callable | None = None) -> None:
+def register(
+    name: str,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    check: Callable | None = None,
+) -> None:
     """Gives the entry `name` of every compiled namespace its fake and, with `backward`, its derivative.
 
     `backward(ops, ctx, *grads)` gets the namespace that ran the forward, so that one back end runs every order.

@@ -39,7 +39,7 @@ def bidirectional_difference(
 
     Raises:
         ValueError: wrong rank, `n_segment` or shape of `weight`.
-        TypeError: `x` or `weight` is no dense floating-point tensor, their dtypes differ, or `neighbor_first` is no bool.
+        TypeError: `x` or `weight` is no dense floating-point tensor, dtypes differ, or `neighbor_first` is no bool.
 
     Note:
         Contiguous and channels_last tensors and channel slices of them are read in place and the layout is kept. Half
@@ -132,5 +132,10 @@ def _backward_backward(ops, ctx, ddx, ddweight):
 
 
 register("bidirectional_difference", _fake, check=_check, setup_context=_save, backward=_backward)
-register("bidirectional_difference_backward", _fake_backward, check=_check_backward, setup_context=_save_backward,
-         backward=_backward_backward)
+register(
+    "bidirectional_difference_backward",
+    _fake_backward,
+    check=_check_backward,
+    setup_context=_save_backward,
+    backward=_backward_backward,
+)

@@ -78,8 +78,10 @@ def _backward(ops, ctx, grad: Tensor):
 
 
 def _fake_backward(grad, pooled, w1, w2, w3, output, n_segment, *needed):
-    return tuple(torch.empty(x.shape if need else 0, dtype=x.dtype, device=x.device)
-                 for x, need in zip((pooled, w1, w2, w3), needed))
+    return tuple(
+        torch.empty(x.shape if need else 0, dtype=x.dtype, device=x.device)
+        for x, need in zip((pooled, w1, w2, w3), needed)
+    )
 
 
 def _save_backward(ctx, inputs, output) -> None:
@@ -98,8 +100,10 @@ def _derivative(grad, pooled, w1, w2, w3, output, up, u1, u2, u3, n_segment, nee
     wide = torch.promote_types(dtype, torch.float32)
     tensors = (grad, pooled, w1, w2, w3, output)
     grad, pooled, w1, w2, w3, output = (x.to(wide) for x in tensors)
-    up, u1, u2, u3 = (u.to(wide) if need else torch.zeros_like(x)
-                      for u, x, need in zip((up, u1, u2, u3), (pooled, w1, w2, w3), needed))
+    up, u1, u2, u3 = (
+        u.to(wide) if need else torch.zeros_like(x)
+        for u, x, need in zip((up, u1, u2, u3), (pooled, w1, w2, w3), needed)
+    )
 
     def clips(x: Tensor) -> Tensor:
         return x.unflatten(0, (x.size(0) // n_segment, n_segment))
@@ -145,6 +149,11 @@ def _derivative(grad, pooled, w1, w2, w3, output, up, u1, u2, u3, n_segment, nee
     return tuple(b.to(dtype) for b in (b_grad, b_pooled, b_w1, b_w2, b_w3, b_output))
 
 
-register("channel_motion_gate", lambda pooled, *_: torch.empty(pooled.shape, dtype=pooled.dtype, device=pooled.device),
-         check=_check, setup_context=_save, backward=_backward)
+register(
+    "channel_motion_gate",
+    lambda pooled, *_: torch.empty(pooled.shape, dtype=pooled.dtype, device=pooled.device),
+    check=_check,
+    setup_context=_save,
+    backward=_backward,
+)
 register("channel_motion_gate_backward", _fake_backward, setup_context=_save_backward, backward=_double_backward)

@@ -69,7 +69,16 @@ def _second_derivative(x: Tensor, dy: Tensor, ddx: Tensor, ops, n_segment: int |
     return to_dy, -to_gradient * dy - to_x - through_s
 
 
-register("cosine_gate", lambda x, n_segment=None, *_: empty_clips(x, n_segment), check=check_similarity,
-         setup_context=_save, backward=_backward)
-register("cosine_gate_backward", lambda dy, x, n_segment, eps: empty_clips(x, n_segment), setup_context=_save,
-         backward=_double_backward)
+register(
+    "cosine_gate",
+    lambda x, n_segment=None, *_: empty_clips(x, n_segment),
+    check=check_similarity,
+    setup_context=_save,
+    backward=_backward,
+)
+register(
+    "cosine_gate_backward",
+    lambda dy, x, n_segment, eps: empty_clips(x, n_segment),
+    setup_context=_save,
+    backward=_double_backward,
+)

@@ -86,5 +86,4 @@ def _double_backward(ops, ctx, ddx: Tensor):
 
 # The op is linear: its backward is its transpose, and the backward's backward is the op.
 register("frame_difference", _fake, check=_check, setup_context=_save_arguments, backward=_backward)
-register("frame_difference_backward", _fake_backward, setup_context=_save_backward_arguments,
-         backward=_double_backward)
+register("frame_difference_backward", _fake_backward, setup_context=_save_backward_arguments, backward=_double_backward)

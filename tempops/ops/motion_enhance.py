@@ -92,7 +92,17 @@ def _gather_backward(ops, ctx, dy):
 
 
 register("motion_enhance", _fake, check=_check, setup_context=_save, backward=_backward)
-register("motion_enhance_backward", lambda dy, x, n_segment, *_: empty_clips(x, n_segment),
-         check=lambda dy, *arguments: _check(*arguments), setup_context=_save_second, backward=_backward_backward)
-register("motion_enhance_gather", lambda other, *arguments: _fake(*arguments),
-         check=lambda other, *arguments: _check(*arguments), setup_context=_save_second, backward=_gather_backward)
+register(
+    "motion_enhance_backward",
+    lambda dy, x, n_segment, *_: empty_clips(x, n_segment),
+    check=lambda dy, *arguments: _check(*arguments),
+    setup_context=_save_second,
+    backward=_backward_backward,
+)
+register(
+    "motion_enhance_gather",
+    lambda other, *arguments: _fake(*arguments),
+    check=lambda other, *arguments: _check(*arguments),
+    setup_context=_save_second,
+    backward=_gather_backward,
+)

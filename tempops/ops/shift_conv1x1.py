@@ -19,8 +19,15 @@ from .temporal_shift import MODES
 from .temporal_shift import _reference as _shift_reference
 
 
-def shift_conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, n_segment: int | None = None,
-                  fold_div: int = 8, mode: str = "bidirectional", activation: str | None = None) -> Tensor:
+def shift_conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    n_segment: int | None = None,
+    fold_div: int = 8,
+    mode: str = "bidirectional",
+    activation: str | None = None,
+) -> Tensor:
     r"""Convolves the temporally shifted x with a 1x1 kernel, without writing the shifted tensor where that is faster.
 
     .. math::
@@ -87,8 +94,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.channels_last, ctx.weight_shape = is_channels_last(x), weight.shape
     need_x, need_weight = ctx.needs_input_grad[:2]
     ctx.need_bias = bias is not None and ctx.needs_input_grad[2]
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None,
-                          output if activation == "relu" else None)
+    ctx.save_for_backward(
+        x if need_weight else None, weight if need_x else None, output if activation == "relu" else None
+    )
 
 
 def _backward(ops, ctx, dy: Tensor):
@@ -96,8 +104,15 @@ def _backward(ops, ctx, dy: Tensor):
     if output is not None:
         dy = torch.ops.aten.threshold_backward(dy, output, 0)  # where relu gave 0, no gradient passes
     dx, dweight, dbias = ops.shift_conv1x1_backward(dy, x, weight, *ctx.arguments, ctx.channels_last, ctx.need_bias)
-    return (dx if weight is not None else None, dweight.view(ctx.weight_shape) if x is not None else None,
-            dbias if ctx.need_bias else None, None, None, None, None)
+    return (
+        dx if weight is not None else None,
+        dweight.view(ctx.weight_shape) if x is not None else None,
+        dbias if ctx.need_bias else None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _fake_backward(dy, x, weight, n_segment, fold_div, mode, channels_last, need_bias):
@@ -106,10 +121,16 @@ def _fake_backward(dy, x, weight, n_segment, fold_div, mode, channels_last, need
         layout = torch.channels_last_3d if dy.dim() == 5 else torch.channels_last
     none = (0,)
     dx_shape = none if weight is None else (dy.size(0), weight.size(1), *dy.shape[2:])
-    return (torch.empty(dx_shape, dtype=dy.dtype, device=dy.device,
-                        memory_format=torch.contiguous_format if weight is None else layout),
-            dy.new_empty(none if x is None else (dy.size(1), x.size(1))),
-            dy.new_empty(dy.size(1) if need_bias else none))
+    return (
+        torch.empty(
+            dx_shape,
+            dtype=dy.dtype,
+            device=dy.device,
+            memory_format=torch.contiguous_format if weight is None else layout,
+        ),
+        dy.new_empty(none if x is None else (dy.size(1), x.size(1))),
+        dy.new_empty(dy.size(1) if need_bias else none),
+    )
 
 
 def _save_backward(ctx, inputs, output) -> None:

@@ -137,6 +137,11 @@ def _double_backward(ops, ctx, ddx, ddweight, ddgate):
     return grads["dy"], grads["x"], grads["weight"], None, grads["gate"], None, None, None
 
 
-register("temporal_conv", lambda x, weight, n_segment, gate: empty_clips(x, n_segment), check=_check,
-         setup_context=_save, backward=_backward)
+register(
+    "temporal_conv",
+    lambda x, weight, n_segment, gate: empty_clips(x, n_segment),
+    check=_check,
+    setup_context=_save,
+    backward=_backward,
+)
 register("temporal_conv_backward", _fake_backward, setup_context=_save_backward, backward=_double_backward)

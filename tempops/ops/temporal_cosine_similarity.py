@@ -111,5 +111,9 @@ def _fake(x, n_segment=None, eps=1e-8):
 
 
 register("temporal_cosine_similarity", _fake, check=check_similarity, setup_context=_save, backward=_backward)
-register("temporal_cosine_similarity_backward", lambda ds, x, n_segment, eps: empty_clips(x, n_segment),
-         setup_context=_save, backward=_double_backward)
+register(
+    "temporal_cosine_similarity_backward",
+    lambda ds, x, n_segment, eps: empty_clips(x, n_segment),
+    setup_context=_save,
+    backward=_double_backward,
+)

@@ -104,12 +104,20 @@ def _save_arguments(ctx, inputs, output) -> None:
 
 
 # The shift is linear: its backward is its transpose, and the backward's backward is the shift.
-register("temporal_shift", lambda x, n_segment=None, *_: empty_clips(x, n_segment), check=_check,
-         setup_context=_save_arguments,
-         backward=lambda ops, ctx, dy: (ops.temporal_shift_backward(dy, *ctx.arguments), None, None, None))
-register("temporal_shift_backward", lambda dy, n_segment, *_: empty_clips(dy, n_segment), check=_check,
-         setup_context=_save_arguments,
-         backward=lambda ops, ctx, ddx: (ops.temporal_shift(ddx, *ctx.arguments), None, None, None))
+register(
+    "temporal_shift",
+    lambda x, n_segment=None, *_: empty_clips(x, n_segment),
+    check=_check,
+    setup_context=_save_arguments,
+    backward=lambda ops, ctx, dy: (ops.temporal_shift_backward(dy, *ctx.arguments), None, None, None),
+)
+register(
+    "temporal_shift_backward",
+    lambda dy, n_segment, *_: empty_clips(dy, n_segment),
+    check=_check,
+    setup_context=_save_arguments,
+    backward=lambda ops, ctx, ddx: (ops.temporal_shift(ddx, *ctx.arguments), None, None, None),
+)
 register_inplace("temporal_shift_", check=_check_inplace)
 
 
