@@ -75,11 +75,11 @@ std::vector<acc_t<scalar>> taps_of(const Tensor& weight, const Clip& x, bool tra
 // tells.
 template <class acc>
 struct Plane {
-  std::vector<acc> memory;
+  Scratch<acc> memory;
   acc* data;  // of the strip's first pixel
 
   Plane(const Clip& x, const Tiling& tiling) : memory((tiling.rows + 2) * x.W + 4 * kLanes) {
-    data = memory.data() + x.W + kLanes;
+    data = memory.data() + blocks_of(x.W + 1, kLanes) * kLanes;
   }
 };
 
@@ -157,8 +157,8 @@ TEMPOPS_INLINE inline acc product_at(const element* const* tap, const acc* w, in
 }
 
 template <class scalar>
-TEMPOPS_INLINE inline void fill_zero(const Clip& y, const Block& b, int64_t t) {
-  scalar* frame = y.frame<scalar>(b.n, t) + b.c * y.sc + b.begin * y.W * y.sp;
+TEMPOPS_INLINE inline void fill_zero(scalar* frame, const Clip& y, const Block& b) {
+  frame += b.c * y.sc + b.begin * y.W * y.sp;
   const int64_t pixels = (b.end - b.begin) * y.W;
   if (y.channels_last) {
     for (int64_t p = 0; p < pixels; ++p) std::fill_n(frame + p * y.sp, b.channels, scalar(0));
@@ -173,6 +173,7 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const acc* w = taps.data();
   parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
     Plane<acc> plane(x, tiling);
@@ -180,18 +181,18 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
     for (int64_t item = first; item < last; ++item) {
       const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
       const int64_t begin = b.begin * x.W, count = (b.end - b.begin) * x.W;
-      fill_zero<scalar>(forward, b, x.T - 1);
-      fill_zero<scalar>(backward, b, 0);
+      fill_zero(frames_forward(b.n, x.T - 1), forward, b);
+      fill_zero(frames_backward(b.n, 0), backward, b);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-          const scalar* frame = x.frame<scalar>(b.n, t) + c * x.sc;
+          const scalar* frame = frames_x(b.n, t) + c * x.sc;
           fill_plane(plane.data, x, b, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
           const ProductPlanar<acc> product{plane.data, w + c * kTaps, columns.data(), x.W};
-          const scalar* __restrict x_past = x.frame<scalar>(b.n, past) + c * x.sc + begin;
-          const scalar* __restrict x_future = x.frame<scalar>(b.n, future) + c * x.sc + begin;
-          scalar* __restrict y_past = forward.frame<scalar>(b.n, past) + c * forward.sc + begin;
-          scalar* __restrict y_future = backward.frame<scalar>(b.n, future) + c * backward.sc + begin;
+          const scalar* __restrict x_past = frames_x(b.n, past) + c * x.sc + begin;
+          const scalar* __restrict x_future = frames_x(b.n, future) + c * x.sc + begin;
+          scalar* __restrict y_past = frames_forward(b.n, past) + c * forward.sc + begin;
+          scalar* __restrict y_future = frames_backward(b.n, future) + c * backward.sc + begin;
           const auto fetch = [&](int64_t p) TEMPOPS_INLINE {
             __builtin_prefetch(x_future + p + x.st);
             __builtin_prefetch(y_past + p + forward.st, 1);
@@ -221,15 +222,16 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const std::vector<scalar> zeros(tiling.channels, scalar(0));
   parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     for (int64_t item = first; item < last; ++item) {
       const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
       const acc* __restrict w = taps.data() + b.c;
-      fill_zero<scalar>(forward, b, x.T - 1);
-      fill_zero<scalar>(backward, b, 0);
+      fill_zero(frames_forward(b.n, x.T - 1), forward, b);
+      fill_zero(frames_backward(b.n, 0), backward, b);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
-        const scalar* rows = x.frame<scalar>(b.n, t) + b.c;
+        const scalar* rows = frames_x(b.n, t) + b.c;
         // Where there is no such frame, any that can be read will do.
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t i = b.begin; i < b.end; ++i) {
@@ -237,10 +239,10 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
           for (int64_t j = 0; j < x.W; ++j) {
             around.move_to(j);
             const int64_t p = i * x.W + j;
-            const scalar* __restrict x_past = x.frame<scalar>(b.n, past) + p * x.sp + b.c;
-            const scalar* __restrict x_future = x.frame<scalar>(b.n, future) + p * x.sp + b.c;
-            scalar* __restrict y_past = forward.frame<scalar>(b.n, past) + p * forward.sp + b.c;
-            scalar* __restrict y_future = backward.frame<scalar>(b.n, future) + p * backward.sp + b.c;
+            const scalar* __restrict x_past = frames_x(b.n, past) + p * x.sp + b.c;
+            const scalar* __restrict x_future = frames_x(b.n, future) + p * x.sp + b.c;
+            scalar* __restrict y_past = frames_forward(b.n, past) + p * forward.sp + b.c;
+            scalar* __restrict y_future = frames_backward(b.n, future) + p * backward.sp + b.c;
             const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
               __builtin_prefetch(x_future + c + x.st);
               __builtin_prefetch(y_past + c + forward.st, 1);
@@ -271,13 +273,13 @@ template <class scalar>
 struct Gradients {
   const scalar *product_past, *product_future, *frame_forward, *frame_backward;
 
-  TEMPOPS_INLINE Gradients(const Clip& forward, const Clip& backward, int64_t n, int64_t t, int64_t at_forward,
-                           int64_t at_backward) {
-    const auto frame = [&](const Clip& clip, int64_t frame_t, bool there, int64_t at)
-                           TEMPOPS_INLINE { return there ? clip.frame<scalar>(n, frame_t) + at : nullptr; };
+  TEMPOPS_INLINE Gradients(const Frames<scalar>& forward, const Frames<scalar>& backward, int64_t T, int64_t n,
+                           int64_t t, int64_t at_forward, int64_t at_backward) {
+    const auto frame = [&](const Frames<scalar>& clip, int64_t frame_t, bool there, int64_t at)
+                           TEMPOPS_INLINE { return there ? clip(n, frame_t) + at : nullptr; };
     product_past = frame(forward, t - 1, t > 0, at_forward);
-    product_future = frame(backward, t + 1, t + 1 < forward.T, at_backward);
-    frame_forward = frame(forward, t, t + 1 < forward.T, at_forward);
+    product_future = frame(backward, t + 1, t + 1 < T, at_backward);
+    frame_forward = frame(forward, t, t + 1 < T, at_forward);
     frame_backward = frame(backward, t, t > 0, at_backward);
   }
 };
@@ -332,11 +334,13 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
+  const Frames<scalar> frames_dx(dx ? *dx : x);
   const int64_t units = tiling.units(x);
   parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
            [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     Plane<acc> plane(x, tiling), plane_x(x, tiling);
-    std::vector<acc> sums_memory(tiling.channels * kTaps * kLanes);
+    Scratch<acc> sums_memory(tiling.channels * kTaps * kLanes);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
     auto* sums = reinterpret_cast<acc(*)[kLanes]>(sums_memory.data());
     for (int64_t item = first; item < last; ++item) {
@@ -361,18 +365,18 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
         for (int64_t t = 0; t < x.T; ++t) {
           if (partials && (terms += blocks_of(count, kLanes)) > kTerms) flush();
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-            const Gradients<scalar> g(forward, backward, b.n, t, c * forward.sc, c * backward.sc);
+            const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, c * forward.sc, c * backward.sc);
             with_sum(g.product_past, g.product_future,
                      [&](auto value) TEMPOPS_INLINE { fill_plane(plane.data, x, b, value); });
             if (partials) {
-              const scalar* __restrict src = x.frame<scalar>(b.n, t) + c * x.sc + begin;
+              const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
               acc* __restrict dst = plane_x.data;
               each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
               correlate_planar<acc>(sums + (c - b.c) * kTaps, plane.data, dst, columns.data(), x, b);
             }
             if (dx) {
               const ProductPlanar<acc> product{plane.data, taps.data() + c * kTaps, columns.data(), x.W};
-              scalar* __restrict dst = dx->frame<scalar>(b.n, t) + c * dx->sc + begin;
+              scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
               with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
                 each(count,
                      [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (value(begin + p) - product(p))); });
@@ -392,19 +396,22 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
+  const Frames<scalar> frames_dx(dx ? *dx : x);
   const std::vector<acc> zeros(tiling.channels, acc(0));
   const int64_t units = tiling.units(x);
   parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
            [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    std::vector<acc> strip((tiling.rows + 2) * x.W * tiling.channels);
-    std::vector<acc> sums_memory(kTaps * tiling.channels);
+    Scratch<acc> strip_memory((tiling.rows + 2) * x.W * tiling.channels);
+    Scratch<acc> sums_memory(kTaps * tiling.channels);
     acc* __restrict sums = sums_memory.data();
+    acc* const strip = strip_memory.data();
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
       for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
         const Block b(x, tiling, unit, channel_block);
         const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1), C = b.channels;
-        const acc* rows = strip.data() - lo * x.W * C;
+        const acc* rows = strip - lo * x.W * C;
         const acc* __restrict w = taps.data() + b.c;
         int64_t terms = 0;
         const auto flush = [&]() TEMPOPS_INLINE {
@@ -416,9 +423,9 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
           terms = 0;
         };
         for (int64_t t = 0; t < x.T; ++t) {
-          const Gradients<scalar> g(forward, backward, b.n, t, b.c, b.c);
+          const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, b.c, b.c);
           for (int64_t p = lo * x.W; p < hi * x.W; ++p) {
-            acc* __restrict dst = strip.data() + (p - lo * x.W) * C;
+            acc* __restrict dst = strip + (p - lo * x.W) * C;
             with_sum(g.product_past ? g.product_past + p * forward.sp : nullptr,
                      g.product_future ? g.product_future + p * backward.sp : nullptr,
                      [&](auto value) TEMPOPS_INLINE { each(C, [&](int64_t c) TEMPOPS_INLINE { dst[c] = value(c); }); });
@@ -430,7 +437,7 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
               around.move_to(j);
               const int64_t p = i * x.W + j;
               if (dx) {
-                scalar* __restrict dst = dx->frame<scalar>(b.n, t) + p * dx->sp + b.c;
+                scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
                 with_sum(g.frame_forward ? g.frame_forward + p * forward.sp : nullptr,
                          g.frame_backward ? g.frame_backward + p * backward.sp : nullptr,
                          [&](auto value) TEMPOPS_INLINE {
@@ -440,7 +447,7 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
                 });
               }
               if (partials) {
-                const scalar* __restrict src = x.frame<scalar>(b.n, t) + p * x.sp + b.c;
+                const scalar* __restrict src = frames_x(b.n, t) + p * x.sp + b.c;
                 for (int64_t k = 0; k < kTaps; ++k) {
                   // The window whose tap k this pixel is lies on the other side.
                   const acc* __restrict window = around.tap[kTaps - 1 - k];
