@@ -3,17 +3,16 @@
 // The 3x3 product of frame t is computed once and subtracted from frame t - 1 (`forward`) and frame t + 1 (`backward`).
 // A thread keeps a block of a clip in the cache and walks T, so that these frames are there already. Likewise the
 // backward adds up what the two gradients say of the product of frame t, and transposes the product once.
-#include "../cpu.h"
+#include "../lanes.h"
 
 namespace tempops {
 namespace {
 
 constexpr int64_t kTaps = 9;
-constexpr int64_t kLanes = 16;
 // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
 constexpr int64_t kPlanar = 1024;
-constexpr int64_t kChannelsLast = 32768;
-constexpr int64_t kLeastChannels = 64;
+constexpr int64_t kChannelsLast = 16384;
+constexpr int64_t kLeastChannels = 32;
 // Terms that a float32 sum may have before it goes on in float64, and the size of those sums.
 constexpr int64_t kTerms = 256;
 constexpr int64_t kPartials = 65536;
@@ -21,6 +20,9 @@ constexpr int64_t kPartials = 65536;
 int64_t blocks_of(int64_t n, int64_t size) {
   return (n + size - 1) / size;
 }
+
+template <class acc>
+using word_t = std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t>;
 
 // How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
 struct Tiling {
@@ -56,16 +58,6 @@ struct Block {
         begin(unit % tiling.strips * tiling.rows), end(std::min(x.H, begin + tiling.rows)) {}
 };
 
-// Calls f(i) for i in [0, n) in loops that vectorise without a remainder, then one by one.
-template <class F>
-TEMPOPS_INLINE inline void each(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane);
-  }
-  for (; i < n; ++i) f(i);
-}
-
 // The weights as [channel][tap] (planar) or [tap][channel] (channels_last); turned around for the transposed product.
 template <class scalar>
 std::vector<acc_t<scalar>> taps_of(const Tensor& weight, const Clip& x, bool transposed) {
@@ -82,21 +74,22 @@ std::vector<acc_t<scalar>> taps_of(const Tensor& weight, const Clip& x, bool tra
 // A strip of one plane with a row and a pixel more on all sides. Left and right of a row lies another one: `column` tells.
 template <class acc>
 struct Plane {
-  std::vector<acc> memory;
+  Scratch<acc> memory;
   acc* data;  // of the strip's first pixel
 
   Plane(const Clip& x, const Tiling& tiling) : memory((tiling.rows + 2) * x.W + 4 * kLanes) {
-    data = memory.data() + x.W + kLanes;
+    data = memory.data() + blocks_of(x.W + 1, kLanes) * kLanes;
   }
 };
 
-// Fills rows [begin - 1, end + 1) of a plane, zero outside, from value(offset in the plane).
+// Fills rows [begin - 1, end + 1) of a plane from value(offset in the plane). Rows outside the plane are zero: they stay
+// so in a plane that is one strip.
 template <class acc, class F>
 TEMPOPS_INLINE inline void fill_plane(acc* plane, const Clip& x, const Block& b, const F& value) {
   const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1);
   acc* __restrict dst = plane + (lo - b.begin) * x.W;
-  if (lo == b.begin) std::fill_n(plane - x.W, x.W, acc(0));
-  if (hi == b.end) std::fill_n(plane + (b.end - b.begin) * x.W, x.W, acc(0));
+  if (lo == b.begin && hi > b.end) std::fill_n(plane - x.W, x.W, acc(0));
+  if (hi == b.end && lo < b.begin) std::fill_n(plane + (b.end - b.begin) * x.W, x.W, acc(0));
   const int64_t from = lo * x.W;
   each((hi - lo) * x.W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
 }
@@ -108,36 +101,47 @@ std::vector<word> columns_of(const Clip& x, const Tiling& tiling) {
   return column;
 }
 
+// The 3x3 product at pixel p of a plane.
 template <class acc>
-using word_t = std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t>;
+struct ProductPlanar {
+  const acc *x, *w;
+  const word_t<acc>* column;
+  int64_t W;
 
-// The 3x3 product of n pixels of a plane, rounded up to whole vectors.
-template <class acc>
-TEMPOPS_INLINE inline void product_planar(acc* __restrict y, const acc* __restrict x, const acc* __restrict w,
-                                          const word_t<acc>* __restrict column, word_t<acc> W, int64_t n) {
-  const acc w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4], w5 = w[5], w6 = w[6], w7 = w[7], w8 = w[8];
-  const acc *above = x - W, *below = x + W;
-  const int64_t end = blocks_of(n, kLanes) * kLanes;
-  _Pragma("omp simd") for (int64_t p = 0; p < end; ++p) {
-    acc left = w0 * above[p - 1] + w3 * x[p - 1] + w6 * below[p - 1];
-    acc right = w2 * above[p + 1] + w5 * x[p + 1] + w8 * below[p + 1];
+  TEMPOPS_INLINE acc operator()(int64_t p) const {
+    const acc *above = x - W, *below = x + W;
+    const word_t<acc> last = W - 1;
+    acc left = w[0] * above[p - 1] + w[3] * x[p - 1] + w[6] * below[p - 1];
+    acc right = w[2] * above[p + 1] + w[5] * x[p + 1] + w[8] * below[p + 1];
     left = column[p] > 0 ? left : acc(0);
-    right = column[p] < W - 1 ? right : acc(0);
-    y[p] = w1 * above[p] + w4 * x[p] + w7 * below[p] + (left + right);
+    right = column[p] < last ? right : acc(0);
+    return w[1] * above[p] + w[4] * x[p] + w[7] * below[p] + (left + right);
   }
-}
+};
 
-// The nine elements around a pixel of channels_last rows, zeros outside the plane. `rows` is where row 0 would begin.
+// The nine elements around a pixel of channels_last rows, moving along a row; zeros outside the plane.
 template <class element>
 struct Around {
-  const element* tap[kTaps];
-  bool inside[kTaps];
+  const element *tap[kTaps], *row[3], *zeros;
+  int64_t step[3], last;
 
-  TEMPOPS_INLINE Around(const element* rows, const element* zeros, const Clip& x, int64_t sp, int64_t i, int64_t j) {
-    for (int64_t k = 0; k < kTaps; ++k) {
-      const int64_t row = i + k / 3 - 1, column = j + k % 3 - 1;
-      inside[k] = row >= 0 && row < x.H && column >= 0 && column < x.W;
-      tap[k] = inside[k] ? rows + (row * x.W + column) * sp : zeros;
+  // Before the first pixel of row i; `rows` is where row 0 would begin.
+  TEMPOPS_INLINE Around(const element* rows, const element* zeros, const Clip& x, int64_t sp, int64_t i)
+      : zeros(zeros), last(x.W - 1) {
+    for (int64_t k = 0; k < 3; ++k) {
+      const bool inside = i + k >= 1 && i + k <= x.H;
+      row[k] = inside ? rows + (i + k - 1) * x.W * sp : zeros;
+      step[k] = inside ? sp : 0;
+      tap[3 * k + 1] = zeros;
+      tap[3 * k + 2] = row[k];
+    }
+  }
+  // To pixel j, from the one before.
+  TEMPOPS_INLINE void move_to(int64_t j) {
+    for (int64_t k = 0; k < 3; ++k) {
+      tap[3 * k] = tap[3 * k + 1];
+      tap[3 * k + 1] = tap[3 * k + 2];
+      tap[3 * k + 2] = j < last ? row[k] + (j + 1) * step[k] : zeros;
     }
   }
 };
@@ -152,8 +156,8 @@ TEMPOPS_INLINE inline acc product_at(const element* const* tap, const acc* w, in
 }
 
 template <class scalar>
-TEMPOPS_INLINE inline void fill_zero(const Clip& y, const Block& b, int64_t t) {
-  scalar* frame = y.frame<scalar>(b.n, t) + b.c * y.sc + b.begin * y.W * y.sp;
+TEMPOPS_INLINE inline void fill_zero(scalar* frame, const Clip& y, const Block& b) {
+  frame += b.c * y.sc + b.begin * y.W * y.sp;
   const int64_t pixels = (b.end - b.begin) * y.W;
   if (y.channels_last) {
     for (int64_t p = 0; p < pixels; ++p) std::fill_n(frame + p * y.sp, b.channels, scalar(0));
@@ -168,29 +172,44 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const acc* w = taps.data();
   parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
     Plane<acc> plane(x, tiling);
-    std::vector<acc> product_memory(tiling.rows * x.W + kLanes);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
-    acc* __restrict product = product_memory.data();
     for (int64_t item = first; item < last; ++item) {
       const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
       const int64_t begin = b.begin * x.W, count = (b.end - b.begin) * x.W;
-      fill_zero<scalar>(forward, b, x.T - 1);
-      fill_zero<scalar>(backward, b, 0);
+      fill_zero(frames_forward(b.n, x.T - 1), forward, b);
+      fill_zero(frames_backward(b.n, 0), backward, b);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
+        const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-          const scalar* frame = x.frame<scalar>(b.n, t) + c * x.sc;
+          const scalar* frame = frames_x(b.n, t) + c * x.sc;
           fill_plane(plane.data, x, b, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
-          product_planar<acc>(product, plane.data, w + c * kTaps, columns.data(), x.W, count);
-          const auto subtract = [&](const Clip& y, int64_t other) TEMPOPS_INLINE {
-            scalar* __restrict dst = y.frame<scalar>(b.n, other) + c * y.sc + begin;
-            const scalar* __restrict src = x.frame<scalar>(b.n, other) + c * x.sc + begin;
-            each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (load(src[p]) - product[p])); });
+          const ProductPlanar<acc> product{plane.data, w + c * kTaps, columns.data(), x.W};
+          const scalar* __restrict x_past = frames_x(b.n, past) + c * x.sc + begin;
+          const scalar* __restrict x_future = frames_x(b.n, future) + c * x.sc + begin;
+          scalar* __restrict y_past = frames_forward(b.n, past) + c * forward.sc + begin;
+          scalar* __restrict y_future = frames_backward(b.n, future) + c * backward.sc + begin;
+          const auto fetch = [&](int64_t p) TEMPOPS_INLINE {
+            __builtin_prefetch(x_future + p + x.st);
+            __builtin_prefetch(y_past + p + forward.st, 1);
+            __builtin_prefetch(y_future + p + backward.st, 1);
           };
-          if (t > 0) subtract(forward, t - 1);
-          if (t + 1 < x.T) subtract(backward, t + 1);
+          if (past < t && future > t) {
+            each(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
+              const acc value = product(p);
+              y_past[p] = store<scalar>(sign * (load(x_past[p]) - value));
+              y_future[p] = store<scalar>(sign * (load(x_future[p]) - value));
+            });
+          } else {
+            scalar* __restrict dst = past < t ? y_past : y_future;
+            const scalar* __restrict src = past < t ? x_past : x_future;
+            each(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
+              dst[p] = store<scalar>(sign * (load(src[p]) - product(p)));
+            });
+          }
         }
       }
     }
@@ -203,27 +222,34 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const std::vector<scalar> zeros(tiling.channels, scalar(0));
   parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     for (int64_t item = first; item < last; ++item) {
       const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
       const acc* __restrict w = taps.data() + b.c;
-      fill_zero<scalar>(forward, b, x.T - 1);
-      fill_zero<scalar>(backward, b, 0);
+      fill_zero(frames_forward(b.n, x.T - 1), forward, b);
+      fill_zero(frames_backward(b.n, 0), backward, b);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
-        const scalar* rows = x.frame<scalar>(b.n, t) + b.c;
+        const scalar* rows = frames_x(b.n, t) + b.c;
         // Where there is no such frame, any that can be read will do.
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t i = b.begin; i < b.end; ++i) {
+          Around<scalar> around(rows, zeros.data(), x, x.sp, i);
           for (int64_t j = 0; j < x.W; ++j) {
-            const Around<scalar> around(rows, zeros.data(), x, x.sp, i, j);
+            around.move_to(j);
             const int64_t p = i * x.W + j;
-            const scalar* __restrict x_past = x.frame<scalar>(b.n, past) + p * x.sp + b.c;
-            const scalar* __restrict x_future = x.frame<scalar>(b.n, future) + p * x.sp + b.c;
-            scalar* __restrict y_past = forward.frame<scalar>(b.n, past) + p * forward.sp + b.c;
-            scalar* __restrict y_future = backward.frame<scalar>(b.n, future) + p * backward.sp + b.c;
+            const scalar* __restrict x_past = frames_x(b.n, past) + p * x.sp + b.c;
+            const scalar* __restrict x_future = frames_x(b.n, future) + p * x.sp + b.c;
+            scalar* __restrict y_past = frames_forward(b.n, past) + p * forward.sp + b.c;
+            scalar* __restrict y_future = frames_backward(b.n, future) + p * backward.sp + b.c;
+            const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
+              __builtin_prefetch(x_future + c + x.st);
+              __builtin_prefetch(y_past + c + forward.st, 1);
+              __builtin_prefetch(y_future + c + backward.st, 1);
+            };
             if (past < t && future > t) {
-              each(b.channels, [&](int64_t c) TEMPOPS_INLINE {
+              each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
                 const acc product = product_at(around.tap, w, x.C, c);
                 y_past[c] = store<scalar>(sign * (load(x_past[c]) - product));
                 y_future[c] = store<scalar>(sign * (load(x_future[c]) - product));
@@ -231,7 +257,7 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
             } else {
               scalar* __restrict dst = past < t ? y_past : y_future;
               const scalar* __restrict src = past < t ? x_past : x_future;
-              each(b.channels, [&](int64_t c) TEMPOPS_INLINE {
+              each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
                 dst[c] = store<scalar>(sign * (load(src[c]) - product_at(around.tap, w, x.C, c)));
               });
             }
@@ -247,14 +273,14 @@ template <class scalar>
 struct Gradients {
   const scalar *product_past, *product_future, *frame_forward, *frame_backward;
 
-  TEMPOPS_INLINE Gradients(const Clip& forward, const Clip& backward, int64_t n, int64_t t, int64_t at_forward,
-                           int64_t at_backward) {
-    const auto frame = [&](const Clip& clip, int64_t frame_t, bool there, int64_t at) TEMPOPS_INLINE {
-      return there ? clip.frame<scalar>(n, frame_t) + at : nullptr;
+  TEMPOPS_INLINE Gradients(const Frames<scalar>& forward, const Frames<scalar>& backward, int64_t T, int64_t n,
+                           int64_t t, int64_t at_forward, int64_t at_backward) {
+    const auto frame = [&](const Frames<scalar>& clip, int64_t frame_t, bool there, int64_t at) TEMPOPS_INLINE {
+      return there ? clip(n, frame_t) + at : nullptr;
     };
     product_past = frame(forward, t - 1, t > 0, at_forward);
-    product_future = frame(backward, t + 1, t + 1 < forward.T, at_backward);
-    frame_forward = frame(forward, t, t + 1 < forward.T, at_forward);
+    product_future = frame(backward, t + 1, t + 1 < T, at_backward);
+    frame_forward = frame(forward, t, t + 1 < T, at_forward);
     frame_backward = frame(backward, t, t > 0, at_backward);
   }
 };
@@ -309,14 +335,14 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
+  const Frames<scalar> frames_dx(dx ? *dx : x);
   const int64_t units = tiling.units(x);
   parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x), [&](int64_t first,
                                                                                 int64_t last) TEMPOPS_INLINE {
     Plane<acc> plane(x, tiling), plane_x(x, tiling);
-    std::vector<acc> product_memory(tiling.rows * x.W + kLanes);
-    std::vector<acc> sums_memory(tiling.channels * kTaps * kLanes);
+    Scratch<acc> sums_memory(tiling.channels * kTaps * kLanes);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
-    acc* __restrict product = product_memory.data();
     auto* sums = reinterpret_cast<acc(*)[kLanes]>(sums_memory.data());
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
@@ -340,22 +366,22 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
         for (int64_t t = 0; t < x.T; ++t) {
           if (partials && (terms += blocks_of(count, kLanes)) > kTerms) flush();
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-            const Gradients<scalar> g(forward, backward, b.n, t, c * forward.sc, c * backward.sc);
+            const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, c * forward.sc, c * backward.sc);
             with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
               fill_plane(plane.data, x, b, value);
             });
             if (partials) {
-              const scalar* __restrict src = x.frame<scalar>(b.n, t) + c * x.sc + begin;
+              const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
               acc* __restrict dst = plane_x.data;
               each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
               correlate_planar<acc>(sums + (c - b.c) * kTaps, plane.data, dst, columns.data(), x, b);
             }
             if (dx) {
-              product_planar<acc>(product, plane.data, taps.data() + c * kTaps, columns.data(), x.W, count);
-              scalar* __restrict dst = dx->frame<scalar>(b.n, t) + c * dx->sc + begin;
+              const ProductPlanar<acc> product{plane.data, taps.data() + c * kTaps, columns.data(), x.W};
+              scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
               with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
                 each(count, [&](int64_t p) TEMPOPS_INLINE {
-                  dst[p] = store<scalar>(sign * (value(begin + p) - product[p]));
+                  dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
                 });
               });
             }
@@ -373,19 +399,22 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
   using acc = acc_t<scalar>;
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
+  const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
+  const Frames<scalar> frames_dx(dx ? *dx : x);
   const std::vector<acc> zeros(tiling.channels, acc(0));
   const int64_t units = tiling.units(x);
   parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x), [&](int64_t first,
                                                                                 int64_t last) TEMPOPS_INLINE {
-    std::vector<acc> strip((tiling.rows + 2) * x.W * tiling.channels);
-    std::vector<acc> sums_memory(kTaps * tiling.channels);
+    Scratch<acc> strip_memory((tiling.rows + 2) * x.W * tiling.channels);
+    Scratch<acc> sums_memory(kTaps * tiling.channels);
     acc* __restrict sums = sums_memory.data();
+    acc* const strip = strip_memory.data();
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
       for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
         const Block b(x, tiling, unit, channel_block);
         const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1), C = b.channels;
-        const acc* rows = strip.data() - lo * x.W * C;
+        const acc* rows = strip - lo * x.W * C;
         const acc* __restrict w = taps.data() + b.c;
         int64_t terms = 0;
         const auto flush = [&]() TEMPOPS_INLINE {
@@ -397,21 +426,22 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
           terms = 0;
         };
         for (int64_t t = 0; t < x.T; ++t) {
-          const Gradients<scalar> g(forward, backward, b.n, t, b.c, b.c);
+          const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, b.c, b.c);
           for (int64_t p = lo * x.W; p < hi * x.W; ++p) {
-            acc* __restrict dst = strip.data() + (p - lo * x.W) * C;
+            acc* __restrict dst = strip + (p - lo * x.W) * C;
             with_sum(g.product_past ? g.product_past + p * forward.sp : nullptr,
                      g.product_future ? g.product_future + p * backward.sp : nullptr, [&](auto value) TEMPOPS_INLINE {
                        each(C, [&](int64_t c) TEMPOPS_INLINE { dst[c] = value(c); });
                      });
           }
           for (int64_t i = b.begin; i < b.end; ++i) {
-            if (partials && (terms += x.W) > kTerms) flush();
+            Around<acc> around(rows, zeros.data(), x, C, i);
             for (int64_t j = 0; j < x.W; ++j) {
-              const Around<acc> around(rows, zeros.data(), x, C, i, j);
+              if (partials && ++terms > kTerms) flush();
+              around.move_to(j);
               const int64_t p = i * x.W + j;
               if (dx) {
-                scalar* __restrict dst = dx->frame<scalar>(b.n, t) + p * dx->sp + b.c;
+                scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
                 with_sum(g.frame_forward ? g.frame_forward + p * forward.sp : nullptr,
                          g.frame_backward ? g.frame_backward + p * backward.sp : nullptr,
                          [&](auto value) TEMPOPS_INLINE {
@@ -421,13 +451,13 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
                          });
               }
               if (partials) {
-                const scalar* __restrict src = x.frame<scalar>(b.n, t) + p * x.sp + b.c;
+                const scalar* __restrict src = frames_x(b.n, t) + p * x.sp + b.c;
                 for (int64_t k = 0; k < kTaps; ++k) {
                   // The window whose tap k this pixel is lies on the other side.
-                  if (!around.inside[kTaps - 1 - k]) continue;
                   const acc* __restrict window = around.tap[kTaps - 1 - k];
+                  if (window == zeros.data()) continue;
                   acc* __restrict sum = sums + k * C;
-                  each(C, [&](int64_t c) TEMPOPS_INLINE { sum[c] += window[c] * load(src[c]); });
+                  _Pragma("omp simd") for (int64_t c = 0; c < C; ++c) sum[c] += window[c] * load(src[c]);
                 }
               }
             }

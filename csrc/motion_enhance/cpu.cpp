@@ -10,7 +10,7 @@
 // each row, the column that won it.
 #include <limits>
 
-#include "../cpu.h"
+#include "../lanes.h"
 
 namespace tempops {
 namespace {
@@ -80,17 +80,6 @@ struct Block {
   }
 };
 
-// Calls f(i) for i in [0, n) in loops that vectorise without a remainder, then one by one.
-template <class F>
-TEMPOPS_INLINE inline void each(int64_t n, const F& f) {
-  constexpr int64_t kLanes = 16;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane);
-  }
-  for (; i < n; ++i) f(i);
-}
-
 // Calls f(offset in a frame of x, in a frame of y, in the buffer, count) for each run of adjacent elements of rows
 // [first, last).
 template <class F>
@@ -132,20 +121,19 @@ TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
   return std::bit_cast<acc>(flip(key));
 }
 
+// Fills rows [first, last) of a buffer with convert(element) of a frame of x. The frame after it is fetched into the
+// cache meanwhile, and the same place of `next`, a frame of y, where a later stage writes.
 template <class scalar, class element, class F>
-TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const Block& b, int64_t t, int64_t first, int64_t last,
-                                     const F& convert, const scalar* ahead = nullptr) {
-  const scalar* frame = x.frame<scalar>(b.n, t);
-  each_run(x, x, b, first, last, [&](int64_t from, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
+TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const scalar* frame, const Clip& y, const scalar* next,
+                                     const Block& b, int64_t first, int64_t last, const F& convert) {
+  each_run(x, y, b, first, last, [&](int64_t from, int64_t next_from, int64_t at, int64_t n) TEMPOPS_INLINE {
     const scalar* __restrict src = frame + from;
     element* __restrict dst = to + at;
-    for (int64_t i = 0; i + 16 <= count; i += 16) {
+    const auto fetch = [&](int64_t i) TEMPOPS_INLINE {
       __builtin_prefetch(src + i + x.st);
-      if (ahead) __builtin_prefetch(ahead + from + i, 1);
-      _Pragma("omp simd") for (int64_t lane = 0; lane < 16; ++lane) dst[i + lane] = convert(load(src[i + lane]));
-    }
-    for (int64_t i = count / 16 * 16; i < count; ++i) dst[i] = convert(load(src[i]));
-    if (0) each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
+      __builtin_prefetch(next + next_from + i, 1);
+    };
+    each(n, fetch, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
   });
 }
 
@@ -242,15 +230,16 @@ TEMPOPS_INLINE inline void line_select(acc* __restrict taken, const word_t<acc>*
 // A thread's buffers of a block's size, each with `radius` rows before and after it.
 template <class element>
 struct Buffers {
-  std::vector<element> memory;
-  int64_t room, reach;
+  int64_t reach, room;
+  Scratch<element> memory;
 
-  Buffers(int64_t count, const Clip& x, const Tiling& tiling, int64_t halo)
-      : reach((tiling.radius * x.W * (x.channels_last ? tiling.channels : 1) + 15) / 16 * 16) {
-    const int64_t rows = std::min(x.H, tiling.rows + 2 * halo) + tiling.radius;
-    room = reach + (rows * x.W * tiling.channels + 15) / 16 * 16;
-    memory.resize(count * room);
+  static int64_t whole_steps(int64_t n) {
+    return (n + kLanes - 1) / kLanes * kLanes;
   }
+  Buffers(int64_t count, const Clip& x, const Tiling& tiling, int64_t halo)
+      : reach(whole_steps(tiling.radius * x.W * (x.channels_last ? tiling.channels : 1))),
+        room(reach + whole_steps((std::min(x.H, tiling.rows + 2 * halo) + tiling.radius) * x.W * tiling.channels)),
+        memory(count * room) {}
   element* operator[](int64_t i) {
     return memory.data() + i * room + reach;
   }
@@ -304,6 +293,7 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
   using acc = acc_t<scalar>;
   using word = word_t<acc>;
   const Tiling tiling(x, radius);
+  const Frames<scalar> frames_x(x), frames_y(y);
   parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
     Buffers<word> words(3, x, tiling, radius);
     word *keys = words[0], *along_row = words[1], *best = words[2];
@@ -315,15 +305,16 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
       fill_outside(along_row, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); }, y.frame<scalar>(b.n, t - 1));
+          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), b, first, last,
+                    [](acc v) TEMPOPS_INLINE { return to_key(v); });
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, false, word>(along_row + p, nullptr, keys + p, columns, radius, b.along, n);
         };
         const auto column_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, false, word>(best + p, nullptr, along_row + p, Rows<word>{}, radius, b.row, n);
-          const scalar* past = x.frame<scalar>(b.n, t - 1);
-          scalar* frame = y.frame<scalar>(b.n, t - 1);
+          const scalar* past = frames_x(b.n, t - 1);
+          scalar* frame = frames_y(b.n, t - 1);
           each_run(x, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
             const scalar* __restrict src = past + from;
             const word* __restrict maximum = best + at;
@@ -346,6 +337,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
   using word = word_t<acc>;
   const int64_t halo = 2 * radius;
   const Tiling tiling(x, radius);
+  const Frames<scalar> frames_x(x), frames_dy(dy), frames_dx(dx);
   parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
     Buffers<word> words(5, x, tiling, halo);
     Buffers<acc> values(4, x, tiling, halo);
@@ -363,13 +355,16 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
         const bool pooled = t > 0, subtracted = t + 1 < x.T;
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
           if (!pooled) return;
-          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          load_rows(keys, x, frames_x(b.n, t), dx, frames_dx(b.n, t), b, first, last,
+                    [](acc v) TEMPOPS_INLINE { return to_key(v); });
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
         };
         const auto column_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
           const int64_t p = b.at(first), n = b.until(last) - p;
-          if (subtracted) load_rows<scalar>(here, dy, b, t, first, last, [](acc v) TEMPOPS_INLINE { return v; });
+          if (subtracted)
+            load_rows(here, dy, frames_dy(b.n, t), dx, frames_dx(b.n, t), b, first, last,
+                      [](acc v) TEMPOPS_INLINE { return v; });
           if (!pooled) return;
           line_maximum<K, false, true>(best + p, won_row + p, along_row + p, Rows<word>{}, radius, b.row, n);
         };
@@ -379,7 +374,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
             line_sum<K>(column_sum + p, won_row + p, before + p, radius, b.row, n);
             line_sum<K>(sum + p, won_column + p, column_sum + p, radius, b.along, n);
           }
-          scalar* frame = dx.frame<scalar>(b.n, t);
+          scalar* frame = frames_dx(b.n, t);
           each_run(dx, dx, b, first, last, [&](int64_t to, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
             scalar* __restrict dst = frame + to;
             const acc *__restrict added = sum + at, *__restrict taken = here + at;
@@ -404,6 +399,7 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
   using acc = acc_t<scalar>;
   using word = word_t<acc>;
   const Tiling tiling(x, radius);
+  const Frames<scalar> frames_x(x), frames_other(other), frames_y(y);
   parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
     Buffers<word> words(5, x, tiling, radius);
     Buffers<acc> values(3, x, tiling, radius);
@@ -416,8 +412,10 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
       for (word* buffer : {keys, along_row}) fill_outside(buffer, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows<scalar>(keys, x, b, t, first, last, [](acc v) TEMPOPS_INLINE { return to_key(v); });
-          load_rows<scalar>(here, other, b, t, first, last, [](acc v) TEMPOPS_INLINE { return v; });
+          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), b, first, last,
+                    [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          load_rows(here, other, frames_other(b.n, t), y, frames_y(b.n, t - 1), b, first, last,
+                    [](acc v) TEMPOPS_INLINE { return v; });
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<0, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
           line_select(from_row + p, won_column + p, here + p, radius, b.along, n);
@@ -426,8 +424,8 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<0, true, true>(best + p, won_row + p, along_row + p, Rows<word>{}, radius, b.row, n);
           line_select(from_column + p, won_row + p, from_row + p, radius, b.row, n);
-          const scalar* past = other.frame<scalar>(b.n, t - 1);
-          scalar* frame = y.frame<scalar>(b.n, t - 1);
+          const scalar* past = frames_other(b.n, t - 1);
+          scalar* frame = frames_y(b.n, t - 1);
           each_run(other, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
             const scalar* __restrict src = past + from;
             const acc* __restrict taken = from_column + at;
