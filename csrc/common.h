@@ -68,6 +68,7 @@ inline MemoryFormat memory_format(int64_t rank, bool channels_last) {
 // Tensors with other strides are copied once into the nearer of the two.
 struct Clip {
   Tensor tensor;
+  void* address;  // the tensor's: asking it again is a call into LibTorch
   ScalarType dtype;
   int64_t rank, N, T, C, H, W, P;
   int64_t sn, st, sc, sp;
@@ -75,7 +76,7 @@ struct Clip {
 
   template <class scalar>
   scalar* data() const {
-    return static_cast<scalar*>(tensor.data_ptr());
+    return static_cast<scalar*>(address);
   }
   template <class scalar>
   scalar* frame(int64_t n, int64_t t) const {
@@ -117,6 +118,7 @@ inline Clip view(Tensor x, int64_t T, bool channels_last) {
   const int64_t h = x.dim() - 2, w = x.dim() - 1;
   Clip clip;
   clip.tensor = x;
+  clip.address = x.data_ptr();
   clip.dtype = x.scalar_type();
   clip.rank = x.dim();
   clip.N = five ? x.size(0) : x.size(0) / T;

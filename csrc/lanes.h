@@ -7,7 +7,7 @@ namespace tempops {
 
 constexpr int64_t kLanes = 16;  // elements of a step; one AVX-512 vector of floats
 
-// Where the frames of a clip are. Asking a tensor for its address is a call into LibTorch: once an op, not in a loop.
+// Where the frames of a clip are: what a lambda copies in place of a Clip with its Tensor.
 template <class scalar>
 struct Frames {
   scalar* data;
@@ -17,21 +17,6 @@ struct Frames {
 
   TEMPOPS_INLINE scalar* operator()(int64_t n, int64_t t) const {
     return data + n * sn + t * st;
-  }
-};
-
-// A thread's memory, zero at first, aligned to the cache: a vector that lies in two lines costs twice.
-template <class element>
-class Scratch {
-  static constexpr int64_t kLine = 64;
-  std::vector<element> memory;
-
- public:
-  explicit Scratch(int64_t count) : memory(count + kLine / sizeof(element)) {}
-
-  element* data() {
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return reinterpret_cast<element*>((address + kLine - 1) / kLine * kLine);
   }
 };
 
