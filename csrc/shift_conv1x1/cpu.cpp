@@ -247,14 +247,8 @@ void convolve(const Clip& y, const Clip& x, const Tensor& weight, const std::opt
   x.dtype == ScalarType::Double ? typed(static_cast<double*>(nullptr)) : typed(static_cast<float*>(nullptr));
 }
 
-// A dense tensor of clips as 4-D: a 1x1 convolution does not mind which frame a pixel is of.
-Tensor flat(const Tensor& x) {
-  if (x.dim() == 4) return x;
-  return torch::stable::view(x, std::array<int64_t, 4>{x.size(0), x.size(1), x.size(2) * x.size(3), x.size(4)});
-}
-
-// What ATen made of flat(x), as clips like `x` with C channels. ATen chooses the strides of sides of 1 by other rules.
-Clip unflattened(const Tensor& out, const Clip& x, int64_t C) {
+// What ATen made of `x`, as clips with C channels. It chooses the strides of sides of 1 by rules of its own.
+Clip in_layout_of(const Clip& x, const Tensor& out, int64_t C) {
   const int64_t T = x.T, H = x.H, W = x.W, P = x.P;
   std::vector<int64_t> sizes{x.N * T, C, H, W}, strides{C * P, P, W, 1};
   if (x.channels_last) strides = {C * P, 1, W * C, C};
@@ -263,25 +257,36 @@ Clip unflattened(const Tensor& out, const Clip& x, int64_t C) {
     strides = x.channels_last ? std::vector<int64_t>{T * C * P, 1, C * P, W * C, C}
                               : std::vector<int64_t>{C * T * P, T * P, P, W, 1};
   }
-  const Tensor dense = torch::stable::contiguous(out, memory_format(4, x.channels_last));
+  const Tensor dense = torch::stable::contiguous(out, memory_format(x.rank, x.channels_last));
   return detail::view(aten("aten::as_strided", "", dense, sizes, strides, std::optional<int64_t>()), T,
                       x.channels_last);
 }
 
 // A 1x1 convolution's geometry, in the order of ATen's arguments.
-const std::vector<int64_t> kOne{1, 1}, kNone{0, 0};
+struct Geometry {
+  std::vector<int64_t> one, none;
+
+  explicit Geometry(int64_t rank) : one(rank - 2, 1), none(rank - 2, 0) {}
+};
 
 int64_t channels_of(const Tensor& x) {
   TEMPOPS_CHECK(x.dim() >= 2, "x must be [N*T, C, H, W] and weight [Cout, C, 1, 1]");
   return x.size(1);
 }
 
-// The weight as [Cout, C, 1, 1].
+std::vector<int64_t> weight_sizes(int64_t Cout, int64_t C, int64_t rank) {
+  std::vector<int64_t> sizes(rank, 1);
+  sizes[0] = Cout;
+  sizes[1] = C;
+  return sizes;
+}
+
+// The weight as [Cout, C, 1, 1], with one more 1 for clips of rank 5.
 Tensor read_weight(const Tensor& weight, const Tensor& like, int64_t Cout, int64_t C) {
   TEMPOPS_CHECK(C >= 1, "x must have at least 1 channel");
   TEMPOPS_CHECK(weight.dim() >= 2 && weight.size(0) == Cout && weight.size(1) == C && weight.numel() == Cout * C,
                 "weight must be [Cout, C, 1, 1] with C = ", C);
-  return torch::stable::view(dense_argument(weight, like, "weight"), std::array<int64_t, 4>{Cout, C, 1, 1});
+  return torch::stable::view(dense_argument(weight, like, "weight"), weight_sizes(Cout, C, like.dim()));
 }
 
 Tensor shift_conv1x1(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, Segments n_segment,
@@ -302,9 +307,10 @@ Tensor shift_conv1x1(const Tensor& x_, const Tensor& weight_, const std::optiona
     if (!y.empty()) convolve(y, x, weight, bias, activation.has_value(), shift);
     return y.tensor;
   }
+  const Geometry g(x.rank);
   const Tensor out =
-      aten("aten::convolution", "", flat(shifted(x, shift)), weight, bias, kOne, kNone, kOne, false, kNone, int64_t(1));
-  return unflattened(activation ? aten("aten::relu_", "", out) : out, x, Cout).tensor;
+      aten("aten::convolution", "", shifted(x, shift), weight, bias, g.one, g.none, g.one, false, g.none, int64_t(1));
+  return in_layout_of(x, activation ? aten("aten::relu_", "", out) : out, Cout).tensor;
 }
 
 // The transposes: dx = shift^T(W^T dy) where `weight` is given, dweight [Cout, C] = dy shift(x)^T where `x` is given,
@@ -319,9 +325,11 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, co
   like.channels_last = channels_last;
   const Clip dy = clips(grad, n_segment, "grad", &like);
   Tensor dx = no_gradient(grad), dweight = no_gradient(grad), dbias = no_gradient(grad);
-  if (need_bias)
-    dbias = aten("aten::sum", "dim_IntList", flat(dy.tensor), std::optional(std::vector<int64_t>{0, 2, 3}), false,
-                 std::optional<ScalarType>());
+  if (need_bias) {
+    std::vector<int64_t> pixels{0, 2, 3, 4};
+    pixels.resize(dy.rank - 1);
+    dbias = aten("aten::sum", "dim_IntList", dy.tensor, std::optional(pixels), false, std::optional<ScalarType>());
+  }
   if (!x_ && !weight_) return {dx, dweight, dbias};
 
   const int64_t Cout = dy.C, C = x_ ? channels_of(*x_) : channels_of(*weight_);
@@ -333,8 +341,8 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, co
     TEMPOPS_CHECK(x_->device() == grad.device(), "x must be on grad's device");
   }
   // Where nobody reads the weight or x, ATen's convolution wants one nevertheless.
-  const Tensor weight = weight_ ? read_weight(*weight_, grad, Cout, C)
-                                : torch::stable::new_empty(grad, std::array<int64_t, 4>{Cout, C, 1, 1});
+  const Tensor weight =
+      weight_ ? read_weight(*weight_, grad, Cout, C) : torch::stable::new_empty(grad, weight_sizes(Cout, C, dy.rank));
   if (dy.empty()) {
     Clip zeros = empty_clips(dy, dy.T, C, dy.H, dy.W);
     if (weight_) dx = torch::stable::zero_(zeros.tensor);
@@ -352,11 +360,12 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, co
   if (by_aten || x) {
     const Tensor source = x ? shifted(*x, shift) : empty_clips(dy, dy.T, C, dy.H, dy.W).tensor;
     const std::array<bool, 3> wanted{by_aten, x.has_value(), false};
-    const auto gradients = call_aten<3>("aten::convolution_backward", "", flat(dy.tensor), flat(source), weight,
-                                        std::optional<std::vector<int64_t>>(), kOne, kNone, kOne, false, kNone,
+    const Geometry g(dy.rank);
+    const auto gradients = call_aten<3>("aten::convolution_backward", "", dy.tensor, source, weight,
+                                        std::optional<std::vector<int64_t>>(), g.one, g.none, g.one, false, g.none,
                                         int64_t(1), torch::headeronly::HeaderOnlyArrayRef<bool>(wanted));
     if (by_aten) {
-      const Clip moved = unflattened(gradients[0], dy, C);
+      const Clip moved = in_layout_of(dy, gradients[0], C);
       shift_in_place(moved, shift.transposed());
       dx = moved.tensor;
     }
