@@ -1,13 +1,86 @@
 // temporal_conv on the CPU: y[t] = sum_k w_k * gate[t+k-R] * x[t+k-R], R = K/2.
 //
-// A tile of a frame is walked through the clip with a window of K frames, the coefficients of its channels laid out
-// beside it, so that every loop is a plain run over elements in either layout. The gradient to x is the same
-// combination of frames of dy with the taps reversed and the gate at the end; the gradients to weight and gate come
-// from the products x[t] * dy[t+R-k] of the same window.
-#include "../tile.h"
+// A tile of a frame is walked through the clip, so that the frames of a window are read from the cache. The gate only
+// scales a channel's taps: g_s * w_k is what frame s is taken with. The gradient to x is the same combination of frames
+// of dy with the taps reversed, all scaled by the gate of the frame written. The gradients to weight and gate both come
+// from the sums over pixels q_k = sum_p x[t] * dy[t+R-k]: dweight_k = sum_t gate[t] * q_k, dgate[t] = sum_k w_k * q_k.
+#include <numeric>
+#include <utility>
+
+#include "../lanes.h"
 
 namespace tempops {
 namespace {
+
+constexpr int64_t kMostTaps = 5;    // combined in one pass
+constexpr int64_t kFloatSums = 64;  // products added up in the accumulation type before the sums go on in float64
+
+// A block of a frame: `rows` rows of `length` adjacent elements. Of one of two kinds:
+//   by row:     a row is a channel's pixels, so its elements share their coefficients;
+//   by element: a row is a pixel's channels (channels_last), or many channels of few pixels each (planar), so each
+//               element has its own coefficients, laid out beside it, with `spread` adjacent ones of the same channel.
+struct Tile {
+  bool by_element;
+  int64_t c, p;  // first channel, first pixel
+  int64_t rows, length, spread;
+
+  int64_t channels() const {
+    return by_element ? length / spread : rows;
+  }
+  int64_t coefficients() const {
+    return by_element ? length : rows;
+  }
+  int64_t pitch(const Clip& x) const {
+    return x.channels_last ? x.sp : x.sc;
+  }
+  template <class scalar>
+  scalar* at(const Clip& x, int64_t n, int64_t t) const {
+    return x.frame<scalar>(n, t) + c * x.sc + p * x.sp;
+  }
+};
+
+// Frames cut into tiles, channel blocks outermost.
+struct Tiling {
+  static constexpr int64_t kFew = 128;  // pixels; fewer in a row are too short for its own coefficients to pay
+
+  // Elements of a tile by row; of a tile by element that is planar, or channels_last of at most so many channels.
+  struct Limits {
+    int64_t by_row, planar, channels_last, channels, rows;
+  };
+
+  bool by_element;
+  int64_t C, P, spread;
+  int64_t channels, pixels;  // of a full tile
+  int64_t channel_blocks, pixel_blocks;
+
+  // `dense`: the planar frames of every clip are each one run of memory.
+  Tiling(const Clip& x, bool dense, const Limits& limits) : C(x.C), P(x.P), spread(1) {
+    by_element = x.channels_last || (dense && P < kFew);
+    if (x.channels_last) {
+      channels = std::min(C, limits.channels);
+      pixels = std::min(P, std::clamp<int64_t>(limits.channels_last / channels, 1, limits.rows));
+    } else if (by_element) {
+      spread = pixels = P;
+      // A block of 16 channels ends where a cache line does.
+      channels = std::min(C, std::max<int64_t>(1, limits.planar / pixels / kLanes) * kLanes);
+    } else {
+      const int64_t parts = (P + limits.by_row - 1) / limits.by_row;
+      pixels = std::min(P, ((P + parts - 1) / parts + kLanes - 1) / kLanes * kLanes);
+      channels = std::min(C, std::max<int64_t>(1, limits.by_row / pixels));
+    }
+    channel_blocks = (C + channels - 1) / channels;
+    pixel_blocks = (P + pixels - 1) / pixels;
+  }
+  Tile tile(int64_t channel_block, int64_t pixel_block) const {
+    const int64_t c = channel_block * channels, p = pixel_block * pixels;
+    const int64_t nc = std::min(channels, C - c), np = std::min(pixels, P - p);
+    if (spread > 1 || !by_element) return by_element ? Tile{true, c, p, 1, nc * np, np} : Tile{false, c, p, nc, np, 1};
+    return {true, c, p, np, nc, 1};
+  }
+  int64_t coefficients() const {
+    return channels * spread;
+  }
+};
 
 // weight [G, K] or [N, C, K] and gate [N*T, C], null for none.
 template <class scalar>
@@ -23,169 +96,216 @@ struct Coefficients {
   }
 };
 
-// out[i] (+)= sum_m a[m][i] * x[m][i] for M frames; where the tile is of one channel, a[m][0] stands for all.
-template <int M, bool one_channel, class acc>
-TEMPOPS_INLINE inline void combine(acc* out, const acc* const* x, const acc* const* a, int64_t count, bool add) {
-  const acc *x0 = x[0], *x1 = x[M > 1], *x2 = x[M > 2 ? 2 : 0], *a0 = a[0], *a1 = a[M > 1], *a2 = a[M > 2 ? 2 : 0];
-  const auto at = [=](int64_t i) TEMPOPS_INLINE {
-    acc sum = a0[one_channel ? 0 : i] * x0[i];
-    if constexpr (M > 1) sum += a1[one_channel ? 0 : i] * x1[i];
-    if constexpr (M > 2) sum += a2[one_channel ? 0 : i] * x2[i];
-    return sum;
-  };
-  if (add)
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) out[i] += at(i);
-  else
-    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) out[i] = at(i);
-}
+// Rows of a tile in one frame: where the first begins, how far it is to the next.
+template <class scalar>
+struct Rows {
+  scalar* data;
+  int64_t pitch;
 
-// The same, and sums[m][i] += here[i] * x[m][i].
-template <int M, bool one_channel, class acc>
-TEMPOPS_INLINE inline void combine_and_sum(acc* out, acc* const* sums, const acc* here, const acc* const* x,
-                                           const acc* const* a, int64_t count, bool add) {
-  const acc *x0 = x[0], *x1 = x[M > 1], *x2 = x[M > 2 ? 2 : 0], *a0 = a[0], *a1 = a[M > 1], *a2 = a[M > 2 ? 2 : 0];
-  acc *s0 = sums[0], *s1 = sums[M > 1], *s2 = sums[M > 2 ? 2 : 0];
-  _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) {
-    const acc h = here[i], v0 = x0[i];
-    acc sum = a0[one_channel ? 0 : i] * v0;
-    s0[i] += h * v0;
-    if constexpr (M > 1) {
-      const acc v1 = x1[i];
-      sum += a1[one_channel ? 0 : i] * v1;
-      s1[i] += h * v1;
-    }
-    if constexpr (M > 2) {
-      const acc v2 = x2[i];
-      sum += a2[one_channel ? 0 : i] * v2;
-      s2[i] += h * v2;
-    }
-    out[i] = add ? out[i] + sum : sum;
+  Rows(const Tile& tile, const Clip& x, int64_t n, int64_t t) : data(tile.at<scalar>(x, n, t)), pitch(tile.pitch(x)) {}
+  Rows(scalar* data, int64_t pitch) : data(data), pitch(pitch) {}
+};
+
+// Calls f with `count` in 1..kMostTaps as a constant.
+template <class F>
+TEMPOPS_INLINE inline void with_taps(int64_t count, const F& f) {
+  switch (count) {
+    case 1: return f(std::make_index_sequence<1>());
+    case 2: return f(std::make_index_sequence<2>());
+    case 3: return f(std::make_index_sequence<3>());
+    case 4: return f(std::make_index_sequence<4>());
+    default: f(std::make_index_sequence<5>());
   }
 }
 
-// The frames around frame t that lie in the clip, as runs of a tile's elements in the accumulation type, beside the
-// coefficients that frame t takes them with. Taps are reversed for the transposed convolution.
+// out = sum_m a[m] * x[m] over the tile; a[m] has tile.coefficients() values.
+template <class scalar, std::size_t... m>
+TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, const Rows<scalar>& out,
+                                   const scalar* const* x, int64_t pitch, const acc_t<scalar>* const* a) {
+  using acc = acc_t<scalar>;
+  if (!tile.by_element) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const acc by[] = {a[m][r]...};
+      const scalar* const from[] = {x[m] + r * pitch...};
+      scalar* to = out.data + r * out.pitch;
+      each(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m] * load(from[m][i])))); });
+    }
+    return;
+  }
+  const acc* const by[] = {a[m]...};
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const scalar* const from[] = {x[m] + r * pitch...};
+    scalar* to = out.data + r * out.pitch;
+    each(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m][i] * load(from[m][i])))); });
+  }
+}
+
+// Calls f(indices, r) for all rows, four at a time: so many share what is loaded for each channel.
+template <class F>
+TEMPOPS_INLINE inline void by_four(int64_t rows, const F& f) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) f(std::make_index_sequence<4>(), r);
+  for (; r < rows; ++r) f(std::make_index_sequence<1>(), r);
+}
+
+// Adds to q[m], which has tile.coefficients() values, the sums of here * x[m], for M <= 3 frames.
+template <int M, class scalar>
+TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const scalar* const* x, int64_t pitch,
+                                    acc_t<scalar>* const* q) {
+  using acc = acc_t<scalar>;
+  constexpr int m1 = M > 1, m2 = M > 2 ? 2 : 0;
+  if (!tile.by_element) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const scalar *h = here.data + r * here.pitch, *x0 = x[0] + r * pitch, *x1 = x[m1] + r * pitch,
+                   *x2 = x[m2] + r * pitch;
+      acc q0 = 0, q1 = 0, q2 = 0;
+      _Pragma("omp simd reduction(+ : q0, q1, q2)") for (int64_t i = 0; i < tile.length; ++i) {
+        const acc v = load(h[i]);
+        q0 += v * load(x0[i]);
+        if constexpr (M > 1) q1 += v * load(x1[i]);
+        if constexpr (M > 2) q2 += v * load(x2[i]);
+      }
+      q[0][r] += q0;
+      if constexpr (M > 1) q[1][r] += q1;
+      if constexpr (M > 2) q[2][r] += q2;
+    }
+    return;
+  }
+  acc *q0 = q[0], *q1 = q[m1], *q2 = q[m2];
+  const auto rows = [=]<std::size_t... row>(std::index_sequence<row...>, int64_t r) TEMPOPS_INLINE {
+    const scalar* const h[] = {here.data + (r + row) * here.pitch...};
+    const scalar* const v0[] = {x[0] + (r + row) * pitch...};
+    const scalar* const v1[] = {x[m1] + (r + row) * pitch...};
+    const scalar* const v2[] = {x[m2] + (r + row) * pitch...};
+    _Pragma("omp simd") for (int64_t i = 0; i < tile.length; ++i) {
+      const acc v[] = {load(h[row][i])...};
+      q0[i] += (... + (v[row] * load(v0[row][i])));
+      if constexpr (M > 1) q1[i] += (... + (v[row] * load(v1[row][i])));
+      if constexpr (M > 2) q2[i] += (... + (v[row] * load(v2[row][i])));
+    }
+  };
+  by_four(tile.rows, rows);
+}
+
+// The taps of a frame that read frames inside the clip, and what they take those with.
 template <class scalar>
 struct Window {
   using acc = acc_t<scalar>;
-  static constexpr int kTaps = 3;  // combined in one loop
 
   const Coefficients<scalar>& w;
-  const bool transposed;
-  const int64_t size;
+  const bool transposed;  // taps reversed, the gate of the frame written in place of those read
+  const int64_t size;     // coefficients of a tap
   Tile tile{};
-  int64_t n = -1, first = 0, count = 0;  // taps [first, first + count) read frames inside the clip
-  Scratch<acc> kernels, frames, of_channel;
-  std::vector<const acc*> x, a;  // by tap
+  int64_t n = -1, first = 0, count = 0;  // taps [first, first + count)
+  int64_t pitch = 0;
+  Scratch<acc> kernels, gated, row;
+  std::vector<const scalar*> x;  // by tap
+  std::vector<const acc*> a;
 
-  Window(const Coefficients<scalar>& w_, bool transposed_, int64_t size_)
-      : w(w_), transposed(transposed_), size(size_), kernels(w.K * size), frames(w.K * size), of_channel(size), x(w.K),
-        a(w.K) {}
+  Window(const Coefficients<scalar>& w_, bool transposed_, const Tiling& tiling)
+      : w(w_), transposed(transposed_), size(tiling.coefficients()), kernels(w.K * size),
+        gated(w.gate ? w.K * size : 0), row(w.K > kMostTaps ? tiling.channels * tiling.pixels : 0), x(w.K), a(w.K) {}
 
-  // Lays the coefficients of the tile's channels out, unless they already are.
+  // Takes the kernels of the tile's channels, unless they are there.
   TEMPOPS_INLINE void select(const Tile& next, int64_t clip) {
-    const bool same = tile.size() == next.size() && tile.c == next.c && tile.length == next.length &&
-                      (next.channels_last || tile.rows == next.rows) && n >= 0 && (n == clip || !w.per_clip);
+    const bool same = n >= 0 && tile.c == next.c && tile.channels() == next.channels() && (n == clip || !w.per_clip);
     tile = next;
     n = clip;
     if (same) return;
     for (int64_t j = 0; j < w.K; ++j) {
-      for (int64_t c = 0; c < tile.channels(); ++c)
-        of_channel[c] = load(w.kernel(n, tile.c + c)[transposed ? w.K - 1 - j : j]);
-      tile.expand(&kernels[j * size], of_channel.data());
-    }
-  }
-
-  // The gate of frame t, one value a channel of the tile; null without a gate.
-  TEMPOPS_INLINE const acc* gate(int64_t t) {
-    if (!w.gate) return nullptr;
-    const scalar* from = w.gates(n, t) + tile.c;
-    for (int64_t c = 0; c < tile.channels(); ++c) of_channel[c] = load(from[c]);
-    return of_channel.data();
-  }
-
-  // Moves to frame t. Frames are visited in order from 0, so each is read once.
-  TEMPOPS_INLINE void move(const Clip& from, int64_t t) {
-    const int64_t K = w.K, R = K / 2;
-    first = std::max<int64_t>(0, R - t);
-    count = std::min<int64_t>(K, from.T - t + R) - first;
-    const bool gated = w.gate && !transposed;
-    const bool as_is = std::is_same_v<scalar, acc> && !gated && tile.flat(from);
-    if (!as_is)
-      for (int64_t s = t == 0 ? 0 : t + R; s <= std::min(t + R, from.T - 1); ++s)
-        tile.read(&frames[s % K * size], tile.at<scalar>(from, n, s), tile.pitch(from), gated ? gate(s) : nullptr);
-    for (int64_t m = 0; m < count; ++m) {
-      const int64_t s = t + first + m - R;
-      x[m] = as_is ? reinterpret_cast<const acc*>(tile.at<scalar>(from, n, s)) : &frames[s % K * size];
-      a[m] = &kernels[(first + m) * size];
-    }
-  }
-
-  // Calls f with the number of taps as a constant, and whether the tile is of one channel.
-  template <class F>
-  TEMPOPS_INLINE void each_taps(const F& f) const {
-    const bool one_channel = tile.channels() == 1;
-    for (int64_t m = 0; m < count; m += kTaps) {
-      const auto taps = [&]<int M>(std::integral_constant<int, M>) TEMPOPS_INLINE {
-        if (one_channel)
-          f.template operator()<M, true>(m);
-        else
-          f.template operator()<M, false>(m);
-      };
-      switch (count - m) {
-        case 1: taps(std::integral_constant<int, 1>()); break;
-        case 2: taps(std::integral_constant<int, 2>()); break;
-        default: taps(std::integral_constant<int, 3>());
+      acc* to = &kernels[j * size];
+      for (int64_t c = 0; c < tile.channels(); ++c, to += tile.spread) {
+        const acc value = load(w.kernel(n, tile.c + c)[transposed ? w.K - 1 - j : j]);
+        *to = value;
+        if (tile.spread > 1) each(tile.spread, [=](int64_t i) TEMPOPS_INLINE { to[i] = value; });
       }
     }
   }
 
-  TEMPOPS_INLINE void combine_into(acc* out) const {
-    each_taps([&]<int M, bool one_channel>(int64_t m)
-                  TEMPOPS_INLINE { combine<M, one_channel>(out, &x[m], &a[m], tile.size(), m > 0); });
+  TEMPOPS_INLINE void move(const Clip& from, int64_t t) {
+    const int64_t K = w.K, R = K / 2;
+    first = std::max<int64_t>(0, R - t);
+    count = std::min<int64_t>(K, from.T - t + R) - first;
+    pitch = tile.pitch(from);
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t s = t + first + m - R;
+      x[m] = tile.at<scalar>(from, n, s);
+      a[m] = &kernels[(first + m) * size];
+      if (!w.gate) continue;
+      const scalar* gate = w.gates(n, transposed ? t : s) + tile.c;
+      acc* to = &gated[(first + m) * size];
+      _Pragma("omp simd") for (int64_t c = 0; c < tile.channels(); ++c) to[c] = a[m][c] * load(gate[c]);
+      a[m] = to;
+    }
   }
 
-  // sums holds one run a tap; tap j of the transposed convolution is tap K-1-j of the kernel.
-  TEMPOPS_INLINE void combine_into(acc* out, Scratch<acc>& sums, const acc* here) const {
-    each_taps([&]<int M, bool one_channel>(int64_t m) TEMPOPS_INLINE {
-      acc* into[M];
-      for (int64_t i = 0; i < M; ++i) into[i] = &sums[(w.K - 1 - first - m - i) * size];
-      combine_and_sum<M, one_channel>(out, into, here, &x[m], &a[m], tile.size(), m > 0);
-    });
+  TEMPOPS_INLINE void combine_into(const Rows<scalar>& out) {
+    if (count <= kMostTaps) {
+      with_taps(count, [&](auto taps) TEMPOPS_INLINE { combine(taps, tile, out, x.data(), pitch, a.data()); });
+      return;
+    }
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      std::fill(row.begin(), row.end(), acc(0));
+      for (int64_t m = 0; m < count; ++m) {
+        const scalar* from = x[m] + r * pitch;
+        const acc* by = tile.by_element ? a[m] : a[m] + r;
+        const int64_t step = tile.by_element;
+        _Pragma("omp simd") for (int64_t i = 0; i < tile.length; ++i) row[i] += by[i * step] * load(from[i]);
+      }
+      for (int64_t i = 0; i < tile.length; ++i) out.data[r * out.pitch + i] = store<scalar>(row[i]);
+    }
+  }
+
+  // q[k], of tile.coefficients() values, += the products with the frame that tap k of the kernel leads to.
+  TEMPOPS_INLINE void products_into(std::vector<acc*>& q, const Rows<scalar>& here) const {
+    for (int64_t m = 0; m < count; m += 3) {
+      const auto sums = [&](int64_t i) TEMPOPS_INLINE { return q[w.K - 1 - first - std::min(m + i, count - 1)]; };
+      acc* const into[] = {sums(0), sums(1), sums(2)};
+      switch (count - m) {
+        case 1: products<1>(tile, here, &x[m], pitch, into); break;
+        case 2: products<2>(tile, here, &x[m], pitch, into); break;
+        default: products<3>(tile, here, &x[m], pitch, into);
+      }
+    }
+  }
+
+  // Empties the sums q of a tap: into += q * gate (1 for null), gate_into += q * kernel, a value for each channel.
+  TEMPOPS_INLINE void flush(acc* q, const acc* kernel, const scalar* gate, double* into, double* gate_into) const {
+    const int64_t channels = tile.channels(), spread = tile.spread;
+    if (spread > 1) {  // not gated
+      for (int64_t c = 0; c < channels; ++c) into[c] += std::accumulate(q + c * spread, q + (c + 1) * spread, 0.0);
+    } else if (!gate) {
+      _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) into[c] += q[c];
+    } else {
+      _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) into[c] += static_cast<double>(q[c]) * load(gate[c]);
+      if (gate_into)
+        _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) gate_into[c] +=
+            static_cast<double>(q[c]) * kernel[c];
+    }
+    std::fill_n(q, channels * spread, acc(0));
   }
 };
 
-// Where a run of results can be written straight into a frame.
-template <class scalar>
-TEMPOPS_INLINE inline acc_t<scalar>* direct(const Tile& tile, const Clip& y, int64_t n, int64_t t) {
-  if constexpr (std::is_same_v<scalar, acc_t<scalar>>)
-    if (tile.flat(y)) return tile.at<scalar>(y, n, t);
-  return nullptr;
-}
-
 template <class scalar>
 void conv(const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool transposed) {
-  const Tiling tiling(x, x.C);
+  const Tiling tiling(x, !w.gate && x.dense_frames() && y.dense_frames(),
+                      {4096, 1024, 1024, w.gate ? 256 : 1024, 1024});
   const int64_t tiles = tiling.channel_blocks * tiling.pixel_blocks;
-  parallel(x.N * tiles, x.T * tiling.size(), [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    Window<scalar> window(w, transposed, tiling.size());
-    Scratch<acc_t<scalar>> buffer(tiling.size());
+  parallel(x.N * tiles, x.T * tiling.channels * tiling.pixels, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    Window<scalar> window(w, transposed, tiling);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / tiles;
       const Tile tile = tiling.tile(i % tiles / tiling.pixel_blocks, i % tiles % tiling.pixel_blocks);
       window.select(tile, n);
       for (int64_t t = 0; t < x.T; ++t) {
         window.move(x, t);
-        const auto* gate = transposed ? window.gate(t) : nullptr;
-        auto* out = gate ? nullptr : direct<scalar>(tile, y, n, t);
-        window.combine_into(out ? out : buffer.data());
-        if (!out) tile.write(tile.at<scalar>(y, n, t), tile.pitch(y), buffer.data(), gate);
+        window.combine_into(Rows<scalar>(tile, y, n, t));
       }
     }
   });
 }
 
-// Sums of the gradients to weight and gate: [parts, N or 1, C, K] and [parts, N*T, C]. Each part has its own pixels, so
+// Sums of the gradients to weight and gate: [parts, N or 1, K, C] and [parts, N*T, C]. Each part has its own pixels, so
 // that the order of the sums is fixed however many threads there are.
 struct Sums {
   int64_t parts;
@@ -195,48 +315,42 @@ struct Sums {
 template <class scalar>
 Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<scalar>& w, bool need_gate) {
   using acc = acc_t<scalar>;
-  const Tiling tiling(x, x.channels_last ? 256 / sizeof(scalar) : x.C);
+  const int64_t weights = (w.per_clip ? x.N : 1) * w.K * x.C, gates = need_gate ? x.N * x.T * x.C : 0;
+  if (x.empty()) return {1, std::vector<double>(weights), std::vector<double>(gates)};
+  const bool dense = !w.gate && x.dense_frames() && dy.dense_frames() && (!dx || dx->dense_frames());
+  const Tiling tiling(x, dense, {1024, 1024, 4096, 512, 64});
   const int64_t parts = x.channels_last ? std::clamp<int64_t>(16 / tiling.channel_blocks, 1, tiling.pixel_blocks) : 1;
-  const int64_t weights = (w.per_clip ? x.N : 1) * x.C * w.K, gates = need_gate ? x.N * x.T * x.C : 0;
   Sums sums{parts, std::vector<double>(parts * weights), std::vector<double>(parts * gates)};
   double *dweight = sums.weight.data(), *dgate = sums.gate.data();
   const bool with_dx = dx != nullptr;
   const Clip dx_ = with_dx ? *dx : x;
   parallel(tiling.channel_blocks * parts, x.N * x.T * x.P * tiling.channels,
            [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    const int64_t size = tiling.size();
-    Window<scalar> window(w, true, size);
-    Scratch<acc> products(w.K * size), s(size), here(size), gated(size);
-    std::vector<double> of_channel(tiling.channels);
+    Window<scalar> window(w, true, tiling);
+    Scratch<acc> products(w.K * window.size);
+    std::vector<acc*> q(w.K);
+    for (int64_t k = 0; k < w.K; ++k) q[k] = &products[k * window.size];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / parts, part = i % parts;
       for (int64_t n = 0; n < x.N; ++n) {
-        for (int64_t q = tiling.pixel_blocks * part / parts; q < tiling.pixel_blocks * (part + 1) / parts; ++q) {
-          const Tile tile = tiling.tile(block, q);
+        for (int64_t b = tiling.pixel_blocks * part / parts; b < tiling.pixel_blocks * (part + 1) / parts; ++b) {
+          const Tile tile = tiling.tile(block, b);
           window.select(tile, n);
-          std::fill(products.begin(), products.end(), acc(0));
+          int64_t added = 0;
           for (int64_t t = 0; t < x.T; ++t) {
             window.move(dy, t);
-            const acc* gate = window.gate(t);
-            const acc* xt = direct<scalar>(tile, x, n, t);
-            if (!xt) {
-              tile.read(here.data(), tile.at<scalar>(x, n, t), tile.pitch(x), static_cast<const acc*>(nullptr));
-              xt = here.data();
+            if (with_dx) window.combine_into(Rows<scalar>(tile, dx_, n, t));
+            window.products_into(q, Rows<scalar>(tile, x, n, t));
+            // Sums of many products go on in float64.
+            added += tile.by_element ? tile.rows : tile.length;
+            if (!w.gate && added < kFloatSums && t + 1 < x.T) continue;
+            added = 0;
+            const scalar* gate = w.gate ? w.gates(n, t) + tile.c : nullptr;
+            double* gate_into = need_gate ? dgate + part * gates + (n * x.T + t) * x.C + tile.c : nullptr;
+            for (int64_t k = 0; k < w.K; ++k) {
+              double* into = dweight + part * weights + ((w.per_clip ? n * w.K : 0) + k) * x.C + tile.c;
+              window.flush(q[k], &window.kernels[(w.K - 1 - k) * window.size], gate, into, gate_into);
             }
-            if (gate) tile.read(gated.data(), tile.at<scalar>(x, n, t), tile.pitch(x), gate);
-            acc* out = gate || !with_dx ? nullptr : direct<scalar>(tile, dx_, n, t);
-            window.combine_into(out ? out : s.data(), products, gate ? gated.data() : xt);
-            if (with_dx && !out) tile.write(tile.at<scalar>(dx_, n, t), tile.pitch(dx_), s.data(), gate);
-            if (need_gate) {
-              _Pragma("omp simd") for (int64_t e = 0; e < tile.size(); ++e) s[e] *= xt[e];
-              tile.add_channels(dgate + part * gates + (n * x.T + t) * x.C + tile.c, s.data());
-            }
-          }
-          for (int64_t k = 0; k < w.K; ++k) {
-            std::fill_n(of_channel.begin(), tile.channels(), 0.0);
-            tile.add_channels(of_channel.data(), &products[k * size]);
-            double* into = dweight + part * weights + ((w.per_clip ? n * x.C : 0) + tile.c) * w.K + k;
-            for (int64_t c = 0; c < tile.channels(); ++c) into[c * w.K] += of_channel[c];
           }
         }
       }
@@ -245,17 +359,22 @@ Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<
   return sums;
 }
 
-// out[i, k] = the sum over parts and over the `group` channels that share kernel i. [.., K] is the last dimension.
+// out[n, i, k] = the sum over parts, and over the `group` adjacent channels that share kernel i, of [parts, N, K, C].
 template <class scalar>
-void reduce(const Tensor& out, const std::vector<double>& sums, int64_t parts, int64_t group, int64_t K) {
+void reduce(const Tensor& out, const std::vector<double>& sums, int64_t parts, int64_t C, int64_t group, int64_t K) {
+  if (out.numel() == 0) return;
   scalar* to = static_cast<scalar*>(out.data_ptr());
   const int64_t each = static_cast<int64_t>(sums.size()) / parts;
-  for (int64_t i = 0; i < each / (group * K); ++i) {
-    for (int64_t k = 0; k < K; ++k) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts; ++part)
-        for (int64_t c = 0; c < group; ++c) sum += sums[part * each + (i * group + c) * K + k];
-      to[i * K + k] = store<scalar>(static_cast<acc_t<scalar>>(sum));
+  for (int64_t n = 0; n < each / (K * C); ++n) {
+    for (int64_t i = 0; i < C / group; ++i) {
+      for (int64_t k = 0; k < K; ++k) {
+        double sum = 0;
+        for (int64_t part = 0; part < parts; ++part) {
+          const double* from = &sums[part * each + (n * K + k) * C + i * group];
+          sum = std::accumulate(from, from + group, sum);
+        }
+        *to++ = store<scalar>(static_cast<acc_t<scalar>>(sum));
+      }
     }
   }
 }
@@ -326,8 +445,8 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_backward(const Tensor& grad, co
       return;
     }
     const Sums sums = backward(need_x ? &dx : nullptr, dy, x, w, need_gate);
-    if (need_weight) reduce<scalar>(dweight, sums.weight, sums.parts, w.group, w.K);
-    if (need_gate) reduce<scalar>(dgate, sums.gate, sums.parts, 1, 1);
+    if (need_weight) reduce<scalar>(dweight, sums.weight, sums.parts, x.C, w.group, w.K);
+    if (need_gate) reduce<scalar>(dgate, sums.gate, sums.parts, x.C, 1, 1);
   });
   return {need_x ? dx.tensor : no_gradient(x.tensor), dweight, dgate};
 }
