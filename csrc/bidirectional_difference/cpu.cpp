@@ -12,7 +12,7 @@ constexpr int64_t kTaps = 9;
 // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
 constexpr int64_t kPlanar = 1024;
 constexpr int64_t kChannelsLast = 16384;
-constexpr int64_t kLeastChannels = 32;
+constexpr int64_t kLeastChannels = 64;
 // Terms that a float32 sum may have before it goes on in float64, and the size of those sums.
 constexpr int64_t kTerms = 256;
 constexpr int64_t kPartials = 65536;
@@ -30,7 +30,9 @@ struct Tiling {
 
   explicit Tiling(const Clip& x) {
     if (x.channels_last) {
-      channels = std::min(x.C, std::max(kLeastChannels, kChannelsLast / x.P / kLanes * kLanes));
+      // Whole planes of some channels, or, where these are too large for that, rows of many channels.
+      const int64_t whole = kChannelsLast / x.P / kLanes * kLanes;
+      channels = std::min(x.C, whole >= kLeastChannels ? whole : std::max(kLeastChannels, kChannelsLast / x.W));
       rows = std::max<int64_t>(4, kChannelsLast / (x.W * channels));
     } else {
       channels = std::clamp<int64_t>(kPlanar / x.P, 1, x.C);
@@ -120,40 +122,77 @@ struct ProductPlanar {
   }
 };
 
-// The nine elements around a pixel of channels_last rows, moving along a row; zeros outside the plane.
-template <class element>
-struct Around {
-  const element *tap[kTaps], *row[3], *zeros;
-  int64_t step[3], last;
+// A strip of channels_last rows with a row and a pixel more on all sides, which are zero outside the plane.
+template <class acc>
+struct Strip {
+  int64_t W, pitch, row;  // elements from a pixel to the next, and from a row to the next
+  Scratch<acc> memory;
 
-  // Before the first pixel of row i; `rows` is where row 0 would begin.
-  TEMPOPS_INLINE Around(const element* rows, const element* zeros, const Clip& x, int64_t sp, int64_t i)
-      : zeros(zeros), last(x.W - 1) {
-    for (int64_t k = 0; k < 3; ++k) {
-      const bool inside = i + k >= 1 && i + k <= x.H;
-      row[k] = inside ? rows + (i + k - 1) * x.W * sp : zeros;
-      step[k] = inside ? sp : 0;
-      tap[3 * k + 1] = zeros;
-      tap[3 * k + 2] = row[k];
-    }
+  Strip(const Clip& x, const Tiling& tiling)
+      : W(x.W), pitch(tiling.channels), row((x.W + 2) * pitch), memory((tiling.rows + 2) * row) {}
+
+  // Where row i of the block begins; before it is pixel -1.
+  TEMPOPS_INLINE acc* at(const Block& b, int64_t i) {
+    return memory.data() + (i - b.begin + 1) * row + pitch;
   }
-  // To pixel j, from the one before.
-  TEMPOPS_INLINE void move_to(int64_t j) {
-    for (int64_t k = 0; k < 3; ++k) {
-      tap[3 * k] = tap[3 * k + 1];
-      tap[3 * k + 1] = tap[3 * k + 2];
-      tap[3 * k + 2] = j < last ? row[k] + (j + 1) * step[k] : zeros;
+  // Fills row i from value(pixel)(channel).
+  template <class F>
+  TEMPOPS_INLINE void fill(const Block& b, int64_t i, int64_t H, const F& value) {
+    acc* to = at(b, i);
+    if (i < 0 || i >= H) {
+      std::fill_n(to, W * pitch, acc(0));
+      return;
+    }
+    for (int64_t j = 0; j < W; ++j, to += pitch) {
+      const auto of_pixel = value(i * W + j);
+      acc* __restrict dst = to;
+      each(b.channels, [&](int64_t c) TEMPOPS_INLINE { dst[c] = of_pixel(c); });
     }
   }
 };
 
-// The 3x3 product of one pixel's channel c.
-template <class element, class acc>
-TEMPOPS_INLINE inline acc product_at(const element* const* tap, const acc* w, int64_t C, int64_t c) {
-  const acc above = w[c] * load(tap[0][c]) + w[C + c] * load(tap[1][c]) + w[2 * C + c] * load(tap[2][c]);
-  const acc here = w[3 * C + c] * load(tap[3][c]) + w[4 * C + c] * load(tap[4][c]) + w[5 * C + c] * load(tap[5][c]);
-  const acc below = w[6 * C + c] * load(tap[6][c]) + w[7 * C + c] * load(tap[7][c]) + w[8 * C + c] * load(tap[8][c]);
-  return above + here + below;
+// Calls f(constant, j) for all j in [0, n), kTogether at a time, as long as there are so many.
+constexpr int64_t kTogether = 4;
+template <class F>
+TEMPOPS_INLINE inline void together(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + kTogether <= n; j += kTogether) f(std::integral_constant<int64_t, kTogether>(), j);
+  for (; j < n; ++j) f(std::integral_constant<int64_t, 1>(), j);
+}
+
+// out = the 3x3 products of n adjacent pixels; `corner` is the element above and left of the first.
+template <int64_t n, class acc>
+TEMPOPS_INLINE inline void products(acc* __restrict out, const acc* __restrict corner, int64_t row, int64_t pitch,
+                                    const acc* __restrict w, int64_t C, int64_t channels) {
+  _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) {
+    acc sum[n] = {};
+    for (int64_t k = 0; k < 3; ++k) {
+      const acc w0 = w[3 * k * C + c], w1 = w[(3 * k + 1) * C + c], w2 = w[(3 * k + 2) * C + c];
+      acc v[n + 2];
+      for (int64_t d = 0; d < n + 2; ++d) v[d] = corner[k * row + d * pitch + c];
+      for (int64_t q = 0; q < n; ++q) sum[q] += w0 * v[q] + w1 * v[q + 1] + w2 * v[q + 2];
+    }
+    for (int64_t q = 0; q < n; ++q) out[q * pitch + c] = sum[q];
+  }
+}
+
+// sums[tap] += the products of n adjacent pixels of s with what the tap reads of x.
+template <int64_t n, class acc>
+TEMPOPS_INLINE inline void correlate(acc* __restrict sums, const acc* __restrict s, const acc* __restrict corner,
+                                     int64_t row, int64_t pitch, int64_t channels) {
+  _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) {
+    acc here[n];
+    for (int64_t q = 0; q < n; ++q) here[q] = s[q * pitch + c];
+    for (int64_t k = 0; k < 3; ++k) {
+      acc v[n + 2];
+      for (int64_t d = 0; d < n + 2; ++d) v[d] = corner[k * row + d * pitch + c];
+      for (int64_t d = 0; d < 3; ++d) {
+        acc sum = 0;
+        for (int64_t q = 0; q < n; ++q) sum += here[q] * v[q + d];
+        sums[(3 * k + d) * pitch + c] += sum;
+      }
+    }
+  }
 }
 
 template <class scalar>
@@ -223,22 +262,35 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
   const Tiling tiling(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
-  const std::vector<scalar> zeros(tiling.channels, scalar(0));
   parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Strip<acc> strip(x, tiling);
+    Scratch<acc> products_of_row(x.W * tiling.channels);
     for (int64_t item = first; item < last; ++item) {
       const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
-      const acc* __restrict w = taps.data() + b.c;
       fill_zero(frames_forward(b.n, x.T - 1), forward, b);
       fill_zero(frames_backward(b.n, 0), backward, b);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
-        const scalar* rows = frames_x(b.n, t) + b.c;
+        const scalar* frame = frames_x(b.n, t) + b.c;
+        const auto fill = [&](int64_t i) TEMPOPS_INLINE {
+          strip.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+            return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+          });
+        };
         // Where there is no such frame, any that can be read will do.
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
+        fill(b.begin - 1);
+        fill(b.begin);
         for (int64_t i = b.begin; i < b.end; ++i) {
-          Around<scalar> around(rows, zeros.data(), x, x.sp, i);
+          fill(i + 1);
+          const acc* corner = strip.at(b, i - 1) - strip.pitch;
+          acc* out = products_of_row.data();
+          together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+            products<n()>(out + j * strip.pitch, corner + j * strip.pitch, strip.row, strip.pitch, taps.data() + b.c,
+                          x.C, b.channels);
+          });
           for (int64_t j = 0; j < x.W; ++j) {
-            around.move_to(j);
             const int64_t p = i * x.W + j;
+            const acc* __restrict product = out + j * strip.pitch;
             const scalar* __restrict x_past = frames_x(b.n, past) + p * x.sp + b.c;
             const scalar* __restrict x_future = frames_x(b.n, future) + p * x.sp + b.c;
             scalar* __restrict y_past = frames_forward(b.n, past) + p * forward.sp + b.c;
@@ -250,16 +302,14 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
             };
             if (past < t && future > t) {
               each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
-                const acc product = product_at(around.tap, w, x.C, c);
-                y_past[c] = store<scalar>(sign * (load(x_past[c]) - product));
-                y_future[c] = store<scalar>(sign * (load(x_future[c]) - product));
+                y_past[c] = store<scalar>(sign * (load(x_past[c]) - product[c]));
+                y_future[c] = store<scalar>(sign * (load(x_future[c]) - product[c]));
               });
             } else {
               scalar* __restrict dst = past < t ? y_past : y_future;
               const scalar* __restrict src = past < t ? x_past : x_future;
-              each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
-                dst[c] = store<scalar>(sign * (load(src[c]) - product_at(around.tap, w, x.C, c)));
-              });
+              each(b.channels, fetch,
+                   [&](int64_t c) TEMPOPS_INLINE { dst[c] = store<scalar>(sign * (load(src[c]) - product[c])); });
             }
           }
         }
@@ -284,15 +334,31 @@ struct Gradients {
   }
 };
 
-// Calls f(value) with value(i) = a[i] + b[i], where either may be absent.
+// a[i] + b[i], where either may be absent.
+template <class scalar, bool has_a, bool has_b>
+struct Sum {
+  const scalar *a, *b;
+
+  TEMPOPS_INLINE acc_t<scalar> operator()(int64_t i) const {
+    acc_t<scalar> sum = 0;
+    if constexpr (has_a) sum = load(a[i]);
+    if constexpr (has_b) sum = has_a ? sum + load(b[i]) : load(b[i]);
+    return sum;
+  }
+  TEMPOPS_INLINE Sum at(int64_t at_a, int64_t at_b) const {
+    return {has_a ? a + at_a : a, has_b ? b + at_b : b};
+  }
+};
 template <class scalar, class F>
 TEMPOPS_INLINE inline void with_sum(const scalar* a, const scalar* b, const F& f) {
   if (a && b)
-    f([=](int64_t i) TEMPOPS_INLINE { return load(a[i]) + load(b[i]); });
-  else if (a || b)
-    f([one = a ? a : b](int64_t i) TEMPOPS_INLINE { return load(one[i]); });
+    f(Sum<scalar, true, true>{a, b});
+  else if (a)
+    f(Sum<scalar, true, false>{a, b});
+  else if (b)
+    f(Sum<scalar, false, true>{a, b});
   else
-    f([](int64_t) TEMPOPS_INLINE { return acc_t<scalar>(0); });
+    f(Sum<scalar, false, false>{a, b});
 }
 
 // sums[tap][lane] += the products of x with the gradient s of the window whose tap x is, over one strip of a plane.
@@ -398,65 +464,63 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const Frames<scalar> frames_dx(dx ? *dx : x);
-  const std::vector<acc> zeros(tiling.channels, acc(0));
   const int64_t units = tiling.units(x);
   parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
            [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Scratch<acc> strip_memory((tiling.rows + 2) * x.W * tiling.channels);
-    Scratch<acc> sums_memory(kTaps * tiling.channels);
-    acc* __restrict sums = sums_memory.data();
-    acc* const strip = strip_memory.data();
+    Strip<acc> strip(x, tiling), strip_x(x, tiling);
+    const int64_t pitch = strip.pitch;
+    Scratch<acc> sums(kTaps * pitch), products_of_row(x.W * pitch);
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
       for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
         const Block b(x, tiling, unit, channel_block);
-        const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1), C = b.channels;
-        const acc* rows = strip - lo * x.W * C;
-        const acc* __restrict w = taps.data() + b.c;
         int64_t terms = 0;
         const auto flush = [&]() TEMPOPS_INLINE {
           for (int64_t k = 0; k < kTaps; ++k) {
             double* __restrict to = partials + (group * kTaps + k) * x.C + b.c;
-            for (int64_t c = 0; c < C; ++c) to[c] += sums[k * C + c];
+            _Pragma("omp simd") for (int64_t c = 0; c < b.channels; ++c) to[c] += sums[k * pitch + c];
           }
-          std::fill_n(sums, kTaps * C, acc(0));
+          std::fill(sums.begin(), sums.end(), acc(0));
           terms = 0;
         };
         for (int64_t t = 0; t < x.T; ++t) {
           const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, b.c, b.c);
-          for (int64_t p = lo * x.W; p < hi * x.W; ++p) {
-            acc* __restrict dst = strip + (p - lo * x.W) * C;
-            with_sum(g.product_past ? g.product_past + p * forward.sp : nullptr,
-                     g.product_future ? g.product_future + p * backward.sp : nullptr,
-                     [&](auto value) TEMPOPS_INLINE { each(C, [&](int64_t c) TEMPOPS_INLINE { dst[c] = value(c); }); });
-          }
+          const auto fill = [&](int64_t i) TEMPOPS_INLINE {
+            with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
+              strip.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
+            });
+            if (!partials) return;
+            strip_x.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+              return [from = frames_x(b.n, t) + p * x.sp + b.c](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+            });
+          };
+          fill(b.begin - 1);
+          fill(b.begin);
           for (int64_t i = b.begin; i < b.end; ++i) {
-            Around<acc> around(rows, zeros.data(), x, C, i);
-            for (int64_t j = 0; j < x.W; ++j) {
-              if (partials && ++terms > kTerms) flush();
-              around.move_to(j);
-              const int64_t p = i * x.W + j;
-              if (dx) {
-                scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
-                with_sum(g.frame_forward ? g.frame_forward + p * forward.sp : nullptr,
-                         g.frame_backward ? g.frame_backward + p * backward.sp : nullptr,
-                         [&](auto value) TEMPOPS_INLINE {
-                  each(C, [&](int64_t c) TEMPOPS_INLINE {
-                    dst[c] = store<scalar>(sign * (value(c) - product_at(around.tap, w, x.C, c)));
-                  });
-                });
-              }
-              if (partials) {
-                const scalar* __restrict src = frames_x(b.n, t) + p * x.sp + b.c;
-                for (int64_t k = 0; k < kTaps; ++k) {
-                  // The window whose tap k this pixel is lies on the other side.
-                  const acc* __restrict window = around.tap[kTaps - 1 - k];
-                  if (window == zeros.data()) continue;
-                  acc* __restrict sum = sums + k * C;
-                  _Pragma("omp simd") for (int64_t c = 0; c < C; ++c) sum[c] += window[c] * load(src[c]);
-                }
-              }
+            fill(i + 1);
+            if (partials && (terms += x.W) > kTerms) flush();
+            if (partials) {
+              const acc *s = strip.at(b, i), *corner = strip_x.at(b, i - 1) - pitch;
+              together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+                correlate<n()>(sums.data(), s + j * pitch, corner + j * pitch, strip.row, pitch, b.channels);
+              });
             }
+            if (!dx) continue;
+            const acc* corner = strip.at(b, i - 1) - pitch;
+            acc* out = products_of_row.data();
+            together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+              products<n()>(out + j * pitch, corner + j * pitch, strip.row, pitch, taps.data() + b.c, x.C, b.channels);
+            });
+            with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
+              for (int64_t j = 0; j < x.W; ++j) {
+                const int64_t p = i * x.W + j;
+                const acc* __restrict product = out + j * pitch;
+                scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
+                const auto here = value.at(p * forward.sp, p * backward.sp);
+                each(b.channels,
+                     [&](int64_t c) TEMPOPS_INLINE { dst[c] = store<scalar>(sign * (here(c) - product[c])); });
+              }
+            });
           }
         }
         if (partials) flush();
