@@ -73,29 +73,32 @@ std::vector<acc_t<scalar>> taps_of(const Tensor& weight, const Clip& x, bool tra
   return taps;
 }
 
-// A strip of one plane with a row and a pixel more on all sides. Left and right of a row lies another one: `column`
-// tells.
+// A strip of each plane of a block, with a row and a pixel more on all sides. Left and right of a row lies another one:
+// `column` tells.
 template <class acc>
-struct Plane {
+struct Planes {
+  int64_t W, plane;
   Scratch<acc> memory;
-  acc* data;  // of the strip's first pixel
 
-  Plane(const Clip& x, const Tiling& tiling) : memory((tiling.rows + 2) * x.W + 4 * kLanes) {
-    data = memory.data() + blocks_of(x.W + 1, kLanes) * kLanes;
+  Planes(const Clip& x, const Tiling& tiling)
+      : W(x.W), plane(blocks_of((tiling.rows + 2) * W + 2, kLanes) * kLanes), memory(tiling.channels * plane + kLanes) {
+  }
+
+  // The first pixel of channel c of the block.
+  TEMPOPS_INLINE acc* at(const Block& b, int64_t c) {
+    return memory.data() + (c - b.c) * plane + W + 1;
+  }
+  // Fills rows [begin - 1, end + 1) of a channel from value(offset in the plane). Rows outside the plane are zero.
+  template <class F>
+  TEMPOPS_INLINE void fill(const Block& b, int64_t c, int64_t H, const F& value) {
+    const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(H, b.end + 1), from = lo * W;
+    acc* first = at(b, c);
+    if (lo == b.begin && hi > b.end) std::fill_n(first - W, W, acc(0));
+    if (hi == b.end && lo < b.begin) std::fill_n(first + (b.end - b.begin) * W, W, acc(0));
+    acc* __restrict dst = first + (lo - b.begin) * W;
+    each((hi - lo) * W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
   }
 };
-
-// Fills rows [begin - 1, end + 1) of a plane from value(offset in the plane). Rows outside the plane are zero: they
-// stay so in a plane that is one strip.
-template <class acc, class F>
-TEMPOPS_INLINE inline void fill_plane(acc* plane, const Clip& x, const Block& b, const F& value) {
-  const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(x.H, b.end + 1);
-  acc* __restrict dst = plane + (lo - b.begin) * x.W;
-  if (lo == b.begin && hi > b.end) std::fill_n(plane - x.W, x.W, acc(0));
-  if (hi == b.end && lo < b.begin) std::fill_n(plane + (b.end - b.begin) * x.W, x.W, acc(0));
-  const int64_t from = lo * x.W;
-  each((hi - lo) * x.W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
-}
 
 template <class word>
 std::vector<word> columns_of(const Clip& x, const Tiling& tiling) {
@@ -215,7 +218,7 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const acc* w = taps.data();
   parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Plane<acc> plane(x, tiling);
+    Planes<acc> planes(x, tiling);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
     for (int64_t item = first; item < last; ++item) {
       const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
@@ -226,8 +229,10 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
           const scalar* frame = frames_x(b.n, t) + c * x.sc;
-          fill_plane(plane.data, x, b, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
-          const ProductPlanar<acc> product{plane.data, w + c * kTaps, columns.data(), x.W};
+          planes.fill(b, c, x.H, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
+        }
+        for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+          const ProductPlanar<acc> product{planes.at(b, c), w + c * kTaps, columns.data(), x.W};
           const scalar* __restrict x_past = frames_x(b.n, past) + c * x.sc + begin;
           const scalar* __restrict x_future = frames_x(b.n, future) + c * x.sc + begin;
           scalar* __restrict y_past = frames_forward(b.n, past) + c * forward.sc + begin;
@@ -367,24 +372,39 @@ TEMPOPS_INLINE inline void correlate_planar(acc (*__restrict sums)[kLanes], cons
                                             const acc* __restrict x, const word_t<acc>* __restrict column,
                                             const Clip& clip, const Block& b) {
   const word_t<acc> W = clip.W;
+  word_t<acc> rest[2 * kLanes] = {};  // all bits for the elements before the end, then none
+  std::fill_n(rest, kLanes, word_t<acc>(-1));
   for (int64_t dy = -1; dy <= 1; ++dy) {
     const int64_t begin = (std::max(b.begin, dy) - b.begin) * W;
     const int64_t end = (std::min(b.end, clip.H + dy) - b.begin) * W;
-    acc* __restrict left = sums[3 * (dy + 1)];
-    acc* __restrict middle = sums[3 * (dy + 1) + 1];
-    acc* __restrict right = sums[3 * (dy + 1) + 2];
     const acc* __restrict window = s - dy * W;
-    const auto add = [&](int64_t p, int64_t lane) TEMPOPS_INLINE {
-      const acc a = window[p + 1] * x[p], c = window[p - 1] * x[p];
-      left[lane] += column[p] < W - 1 ? a : acc(0);
-      middle[lane] += window[p] * x[p];
-      right[lane] += column[p] > 0 ? c : acc(0);
-    };
+    acc left[kLanes] = {}, middle[kLanes] = {}, right[kLanes] = {};
     int64_t p = begin;
     for (; p + kLanes <= end; p += kLanes) {
-      _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) add(p + lane, lane);
+      _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const acc here = x[p + lane], a = window[p + lane + 1] * here, c = window[p + lane - 1] * here;
+        left[lane] += column[p + lane] < W - 1 ? a : acc(0);
+        middle[lane] += window[p + lane] * here;
+        right[lane] += column[p + lane] > 0 ? c : acc(0);
+      }
     }
-    for (int64_t lane = 0; p < end; ++p, ++lane) add(p, lane);
+    if (p < end) {
+      const word_t<acc>* inside = rest + kLanes - (end - p);
+      const auto kept = [](acc v, word_t<acc> mask)
+                            TEMPOPS_INLINE { return std::bit_cast<acc>(std::bit_cast<word_t<acc>>(v) & mask); };
+      _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const acc here = x[p + lane], a = kept(window[p + lane + 1] * here, inside[lane]),
+                  c = kept(window[p + lane - 1] * here, inside[lane]);
+        left[lane] += column[p + lane] < W - 1 ? a : acc(0);
+        middle[lane] += kept(window[p + lane] * here, inside[lane]);
+        right[lane] += column[p + lane] > 0 ? c : acc(0);
+      }
+    }
+    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) {
+      sums[3 * (dy + 1)][lane] += left[lane];
+      sums[3 * (dy + 1) + 1][lane] += middle[lane];
+      sums[3 * (dy + 1) + 2][lane] += right[lane];
+    }
   }
 }
 
@@ -405,7 +425,7 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
   const int64_t units = tiling.units(x);
   parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
            [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Plane<acc> plane(x, tiling), plane_x(x, tiling);
+    Planes<acc> planes(x, tiling), planes_x(x, tiling);
     Scratch<acc> sums_memory(tiling.channels * kTaps * kLanes);
     const auto columns = columns_of<word_t<acc>>(x, tiling);
     auto* sums = reinterpret_cast<acc(*)[kLanes]>(sums_memory.data());
@@ -430,24 +450,29 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
         };
         for (int64_t t = 0; t < x.T; ++t) {
           if (partials && (terms += blocks_of(count, kLanes)) > kTerms) flush();
+          const auto gradients = [&](int64_t c) TEMPOPS_INLINE {
+            return Gradients<scalar>(frames_forward, frames_backward, x.T, b.n, t, c * forward.sc, c * backward.sc);
+          };
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-            const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, c * forward.sc, c * backward.sc);
+            const Gradients<scalar> g = gradients(c);
             with_sum(g.product_past, g.product_future,
-                     [&](auto value) TEMPOPS_INLINE { fill_plane(plane.data, x, b, value); });
-            if (partials) {
-              const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
-              acc* __restrict dst = plane_x.data;
-              each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
-              correlate_planar<acc>(sums + (c - b.c) * kTaps, plane.data, dst, columns.data(), x, b);
-            }
-            if (dx) {
-              const ProductPlanar<acc> product{plane.data, taps.data() + c * kTaps, columns.data(), x.W};
-              scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
-              with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
-                each(count,
-                     [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (value(begin + p) - product(p))); });
-              });
-            }
+                     [&](auto value) TEMPOPS_INLINE { planes.fill(b, c, x.H, value); });
+            if (!partials) continue;
+            const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
+            acc* __restrict dst = planes_x.at(b, c);
+            each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
+          }
+          for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+            if (partials)
+              correlate_planar<acc>(sums + (c - b.c) * kTaps, planes.at(b, c), planes_x.at(b, c), columns.data(), x, b);
+            if (!dx) continue;
+            const Gradients<scalar> g = gradients(c);
+            const ProductPlanar<acc> product{planes.at(b, c), taps.data() + c * kTaps, columns.data(), x.W};
+            scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
+            with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
+              each(count,
+                   [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (value(begin + p) - product(p))); });
+            });
           }
         }
         if (partials) flush();
@@ -487,7 +512,8 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
           const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, b.c, b.c);
           const auto fill = [&](int64_t i) TEMPOPS_INLINE {
             with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
-              strip.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
+              strip.fill(b, i, x.H,
+                         [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
             });
             if (!partials) return;
             strip_x.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
