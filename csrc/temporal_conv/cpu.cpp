@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kMostTaps = 5;    // combined in one pass
 constexpr int64_t kFloatSums = 64;  // products added up in the accumulation type before the sums go on in float64
+constexpr int64_t kChunk = 256;     // of a row's products, added up apart: with 4 lanes that is as many
 
 // A block of a frame: `rows` rows of `length` adjacent elements. Of one of two kinds:
 //   by row:     a row is a channel's pixels, so its elements share their coefficients;
@@ -158,16 +159,19 @@ TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const s
     for (int64_t r = 0; r < tile.rows; ++r) {
       const scalar *h = here.data + r * here.pitch, *x0 = x[0] + r * pitch, *x1 = x[m1] + r * pitch,
                    *x2 = x[m2] + r * pitch;
-      acc q0 = 0, q1 = 0, q2 = 0;
-      _Pragma("omp simd reduction(+ : q0, q1, q2)") for (int64_t i = 0; i < tile.length; ++i) {
-        const acc v = load(h[i]);
-        q0 += v * load(x0[i]);
-        if constexpr (M > 1) q1 += v * load(x1[i]);
-        if constexpr (M > 2) q2 += v * load(x2[i]);
+      for (int64_t begin = 0; begin < tile.length; begin += kChunk) {
+        const int64_t end = std::min(begin + kChunk, tile.length);
+        acc q0 = 0, q1 = 0, q2 = 0;
+        _Pragma("omp simd reduction(+ : q0, q1, q2)") for (int64_t i = begin; i < end; ++i) {
+          const acc v = load(h[i]);
+          q0 += v * load(x0[i]);
+          if constexpr (M > 1) q1 += v * load(x1[i]);
+          if constexpr (M > 2) q2 += v * load(x2[i]);
+        }
+        q[0][r] += q0;
+        if constexpr (M > 1) q[1][r] += q1;
+        if constexpr (M > 2) q[2][r] += q2;
       }
-      q[0][r] += q0;
-      if constexpr (M > 1) q[1][r] += q1;
-      if constexpr (M > 2) q[2][r] += q2;
     }
     return;
   }
@@ -318,7 +322,7 @@ Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<
   const int64_t weights = (w.per_clip ? x.N : 1) * w.K * x.C, gates = need_gate ? x.N * x.T * x.C : 0;
   if (x.empty()) return {1, std::vector<double>(weights), std::vector<double>(gates)};
   const bool dense = !w.gate && x.dense_frames() && dy.dense_frames() && (!dx || dx->dense_frames());
-  const Tiling tiling(x, dense, {1024, 1024, 4096, 512, 64});
+  const Tiling tiling(x, dense, {4096, 1024, 4096, 512, 64});
   const int64_t parts = x.channels_last ? std::clamp<int64_t>(16 / tiling.channel_blocks, 1, tiling.pixel_blocks) : 1;
   Sums sums{parts, std::vector<double>(parts * weights), std::vector<double>(parts * gates)};
   double *dweight = sums.weight.data(), *dgate = sums.gate.data();
