@@ -6,7 +6,7 @@
 // added in the accumulation type and these subtotals in float64, so that thousands of channels lose no digits.
 #include <limits>
 
-#include "../cpu.h"
+#include "../lanes.h"
 
 namespace tempops {
 namespace {
@@ -123,38 +123,78 @@ struct ChannelsLastBlock {
     return pixel * frame.sp + c;
   }
 
-  // f(begin, count) for chunks of channels; count is a constant for all but the last few.
-  template <class F>
-  TEMPOPS_INLINE void each_chunk(const F& f) const {
-    int64_t c = 0;
-    for (; c + 128 <= C; c += 128) f(c, std::integral_constant<int64_t, 128>());
-    for (; c + 64 <= C; c += 64) f(c, std::integral_constant<int64_t, 64>());
-    if (c < C) f(c, C - c);
-  }
+  // Sums of products over channels, by lane: the lanes meet once, at the end of a pixel.
+  template <bool with_grad>
+  struct Lanes {
+    alignas(64) double dot[kLanes] = {}, square[kLanes] = {}, product[kLanes] = {};
+
+    // Adds `steps` times kLanes channels, in the accumulation type first.
+    template <class scalar, int64_t... step>
+    TEMPOPS_INLINE void add(std::integer_sequence<int64_t, step...>, const scalar* __restrict a,
+                            const scalar* __restrict b, const scalar* __restrict g, int64_t lanes = kLanes) {
+      _Pragma("omp simd") for (int64_t lane = 0; lane < lanes; ++lane) {
+        acc_t<scalar> ab = 0, bb = 0, gb = 0;
+        const auto channel = [&](int64_t c) TEMPOPS_INLINE {
+          const acc_t<scalar> value = load(b[c]);
+          ab += load(a[c]) * value;
+          bb += value * value;
+          if constexpr (with_grad) gb += load(g[c]) * value;
+        };
+        (channel(step * kLanes + lane), ...);
+        dot[lane] += ab;
+        square[lane] += bb;
+        if constexpr (with_grad) product[lane] += gb;
+      }
+    }
+  };
 
   template <bool with_grad, class scalar>
   TEMPOPS_INLINE void add(double* __restrict dot, double* __restrict square, double* __restrict product,
                           Frame<scalar> here, Frame<scalar> next, Frame<scalar> grad) const {
+    constexpr int64_t kSteps = 16, kFew = 128;
     for (int64_t p = 0; p < pixels; ++p) {
       if (p < following) {
         prefetch(next.data + at(next, 0, first + pixels + p), C);
         if constexpr (with_grad) prefetch(grad.data + at(grad, 0, first + pixels + p), C);
       }
-      each_chunk([&](int64_t begin, auto count) TEMPOPS_INLINE {
-        const scalar* __restrict a = here.data + at(here, begin, first + p);
-        const scalar* __restrict b = next.data + at(next, begin, first + p);
-        const scalar* __restrict g = grad.data + at(grad, begin, first + p);
-        acc_t<scalar> ab = 0, bb = 0, gb = 0;
-        _Pragma("omp simd reduction(+ : ab, bb, gb)") for (int64_t c = 0; c < count; ++c) {
-          const acc_t<scalar> value = load(b[c]);
-          ab += load(a[c]) * value;
-          bb += value * value;
-          if constexpr (with_grad) gb += load(g[c]) * value;
-        }
-        dot[p] += ab;
-        square[p] += bb;
-        if constexpr (with_grad) product[p] += gb;
-      });
+      const scalar* a = here.data + at(here, 0, first + p);
+      const scalar* b = next.data + at(next, 0, first + p);
+      const scalar* g = grad.data + at(grad, 0, first + p);
+      if (C <= kFew) {
+        const auto chunk = [&](int64_t begin, auto count) TEMPOPS_INLINE {
+          acc_t<scalar> ab = 0, bb = 0, gb = 0;
+          _Pragma("omp simd reduction(+ : ab, bb, gb)") for (int64_t c = begin; c < begin + count; ++c) {
+            const acc_t<scalar> value = load(b[c]);
+            ab += load(a[c]) * value;
+            bb += value * value;
+            if constexpr (with_grad) gb += load(g[c]) * value;
+          }
+          dot[p] += ab;
+          square[p] += bb;
+          if constexpr (with_grad) product[p] += gb;
+        };
+        int64_t c = 0;
+        for (; c + 64 <= C; c += 64) chunk(c, std::integral_constant<int64_t, 64>());
+        if (c < C) chunk(c, C - c);
+        continue;
+      }
+      Lanes<with_grad> sums;
+      int64_t c = 0;
+      for (; c + kSteps * kLanes <= C; c += kSteps * kLanes)
+        sums.add(std::make_integer_sequence<int64_t, kSteps>(), a + c, b + c, g + c);
+      for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+        sums.add(std::make_integer_sequence<int64_t, 4>(), a + c, b + c, g + c);
+      for (; c < C; c += kLanes)
+        sums.add(std::make_integer_sequence<int64_t, 1>(), a + c, b + c, g + c, std::min(kLanes, C - c));
+      double ab = 0, bb = 0, gb = 0;
+      _Pragma("omp simd reduction(+ : ab, bb, gb)") for (int64_t lane = 0; lane < kLanes; ++lane) {
+        ab += sums.dot[lane];
+        bb += sums.square[lane];
+        if constexpr (with_grad) gb += sums.product[lane];
+      }
+      dot[p] += ab;
+      square[p] += bb;
+      if constexpr (with_grad) product[p] += gb;
     }
   }
 
