@@ -3,62 +3,18 @@
 // The 3x3 product of frame t is computed once and subtracted from frame t - 1 (`forward`) and frame t + 1 (`backward`).
 // A thread keeps a block of a clip in the cache and walks T, so that these frames are there already. Likewise the
 // backward adds up what the two gradients say of the product of frame t, and transposes the product once.
-#include "../lanes.h"
+#include "../strip.h"
 
 namespace tempops {
 namespace {
 
 constexpr int64_t kTaps = 9;
-// Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
-constexpr int64_t kPlanar = 1024;
-constexpr int64_t kChannelsLast = 16384;
-constexpr int64_t kLeastChannels = 64;
 // Terms that a float32 sum may have before it goes on in float64, and the size of those sums.
 constexpr int64_t kTerms = 256;
 constexpr int64_t kPartials = 65536;
 
-int64_t blocks_of(int64_t n, int64_t size) {
-  return (n + size - 1) / size;
-}
-
 template <class acc>
 using word_t = std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t>;
-
-// How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
-struct Tiling {
-  int64_t channels, rows, channel_blocks, strips;
-
-  explicit Tiling(const Clip& x) {
-    if (x.channels_last) {
-      // Whole planes of some channels, or, where these are too large for that, rows of many channels.
-      const int64_t whole = kChannelsLast / x.P / kLanes * kLanes;
-      channels = std::min(x.C, whole >= kLeastChannels ? whole : std::max(kLeastChannels, kChannelsLast / x.W));
-      rows = std::max<int64_t>(4, kChannelsLast / (x.W * channels));
-    } else {
-      channels = std::clamp<int64_t>(kPlanar / x.P, 1, x.C);
-      rows = std::max<int64_t>(4, 4 * kPlanar / x.W);
-    }
-    rows = blocks_of(x.H, blocks_of(x.H, std::min(rows, x.H)));
-    channel_blocks = blocks_of(x.C, channels);
-    strips = blocks_of(x.H, rows);
-  }
-
-  int64_t units(const Clip& x) const {
-    return x.N * strips;
-  }
-  int64_t work(const Clip& x) const {
-    return x.T * channels * rows * x.W;
-  }
-};
-
-// Rows [begin, end) of some channels of clip n.
-struct Block {
-  int64_t n, c, channels, begin, end;
-
-  Block(const Clip& x, const Tiling& tiling, int64_t unit, int64_t channel_block)
-      : n(unit / tiling.strips), c(channel_block * tiling.channels), channels(std::min(tiling.channels, x.C - c)),
-        begin(unit % tiling.strips * tiling.rows), end(std::min(x.H, begin + tiling.rows)) {}
-};
 
 // The weights as [channel][tap] (planar) or [tap][channel] (channels_last); turned around for the transposed product.
 template <class scalar>
@@ -80,17 +36,17 @@ struct Planes {
   int64_t W, plane;
   Scratch<acc> memory;
 
-  Planes(const Clip& x, const Tiling& tiling)
-      : W(x.W), plane(blocks_of((tiling.rows + 2) * W + 2, kLanes) * kLanes), memory(tiling.channels * plane + kLanes) {
+  Planes(const Clip& x, const Strips& strips)
+      : W(x.W), plane(blocks_of((strips.rows + 2) * W + 2, kLanes) * kLanes), memory(strips.channels * plane + kLanes) {
   }
 
   // The first pixel of channel c of the block.
-  TEMPOPS_INLINE acc* at(const Block& b, int64_t c) {
+  TEMPOPS_INLINE acc* at(const StripBlock& b, int64_t c) {
     return memory.data() + (c - b.c) * plane + W + 1;
   }
   // Fills rows [begin - 1, end + 1) of a channel from value(offset in the plane). Rows outside the plane are zero.
   template <class F>
-  TEMPOPS_INLINE void fill(const Block& b, int64_t c, int64_t H, const F& value) {
+  TEMPOPS_INLINE void fill(const StripBlock& b, int64_t c, int64_t H, const F& value) {
     const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(H, b.end + 1), from = lo * W;
     acc* first = at(b, c);
     if (lo == b.begin && hi > b.end) std::fill_n(first - W, W, acc(0));
@@ -101,8 +57,8 @@ struct Planes {
 };
 
 template <class word>
-std::vector<word> columns_of(const Clip& x, const Tiling& tiling) {
-  std::vector<word> column(tiling.rows * x.W + kLanes);
+std::vector<word> columns_of(const Clip& x, const Strips& strips) {
+  std::vector<word> column(strips.rows * x.W + kLanes);
   for (size_t p = 0; p < column.size(); ++p) column[p] = p % x.W;
   return column;
 }
@@ -124,44 +80,6 @@ struct ProductPlanar {
     return w[1] * above[p] + w[4] * x[p] + w[7] * below[p] + (left + right);
   }
 };
-
-// A strip of channels_last rows with a row and a pixel more on all sides, which are zero outside the plane.
-template <class acc>
-struct Strip {
-  int64_t W, pitch, row;  // elements from a pixel to the next, and from a row to the next
-  Scratch<acc> memory;
-
-  Strip(const Clip& x, const Tiling& tiling)
-      : W(x.W), pitch(tiling.channels), row((x.W + 2) * pitch), memory((tiling.rows + 2) * row) {}
-
-  // Where row i of the block begins; before it is pixel -1.
-  TEMPOPS_INLINE acc* at(const Block& b, int64_t i) {
-    return memory.data() + (i - b.begin + 1) * row + pitch;
-  }
-  // Fills row i from value(pixel)(channel).
-  template <class F>
-  TEMPOPS_INLINE void fill(const Block& b, int64_t i, int64_t H, const F& value) {
-    acc* to = at(b, i);
-    if (i < 0 || i >= H) {
-      std::fill_n(to, W * pitch, acc(0));
-      return;
-    }
-    for (int64_t j = 0; j < W; ++j, to += pitch) {
-      const auto of_pixel = value(i * W + j);
-      acc* __restrict dst = to;
-      each(b.channels, [&](int64_t c) TEMPOPS_INLINE { dst[c] = of_pixel(c); });
-    }
-  }
-};
-
-// Calls f(constant, j) for all j in [0, n), kTogether at a time, as long as there are so many.
-constexpr int64_t kTogether = 4;
-template <class F>
-TEMPOPS_INLINE inline void together(int64_t n, const F& f) {
-  int64_t j = 0;
-  for (; j + kTogether <= n; j += kTogether) f(std::integral_constant<int64_t, kTogether>(), j);
-  for (; j < n; ++j) f(std::integral_constant<int64_t, 1>(), j);
-}
 
 // out = the 3x3 products of n adjacent pixels; `corner` is the element above and left of the first.
 template <int64_t n, class acc>
@@ -199,7 +117,7 @@ TEMPOPS_INLINE inline void correlate(acc* __restrict sums, const acc* __restrict
 }
 
 template <class scalar>
-TEMPOPS_INLINE inline void fill_zero(scalar* frame, const Clip& y, const Block& b) {
+TEMPOPS_INLINE inline void fill_zero(scalar* frame, const Clip& y, const StripBlock& b) {
   frame += b.c * y.sc + b.begin * y.W * y.sp;
   const int64_t pixels = (b.end - b.begin) * y.W;
   if (y.channels_last) {
@@ -213,15 +131,15 @@ template <class scalar>
 void difference_planar(const Clip& forward, const Clip& backward, const Clip& x, const Tensor& weight,
                        acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
-  const Tiling tiling(x);
+  const Strips strips(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const acc* w = taps.data();
-  parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Planes<acc> planes(x, tiling);
-    const auto columns = columns_of<word_t<acc>>(x, tiling);
+  parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Planes<acc> planes(x, strips);
+    const auto columns = columns_of<word_t<acc>>(x, strips);
     for (int64_t item = first; item < last; ++item) {
-      const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
+      const StripBlock b(x, strips, item % strips.units(x), item / strips.units(x));
       const int64_t begin = b.begin * x.W, count = (b.end - b.begin) * x.W;
       fill_zero(frames_forward(b.n, x.T - 1), forward, b);
       fill_zero(frames_backward(b.n, 0), backward, b);
@@ -264,14 +182,14 @@ template <class scalar>
 void difference_channels_last(const Clip& forward, const Clip& backward, const Clip& x, const Tensor& weight,
                               acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
-  const Tiling tiling(x);
+  const Strips strips(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
-  parallel(tiling.units(x) * tiling.channel_blocks, tiling.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Strip<acc> strip(x, tiling);
-    Scratch<acc> products_of_row(x.W * tiling.channels);
+  parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Strip<acc> strip(x, strips, 0);
+    Scratch<acc> products_of_row(x.W * strips.channels);
     for (int64_t item = first; item < last; ++item) {
-      const Block b(x, tiling, item % tiling.units(x), item / tiling.units(x));
+      const StripBlock b(x, strips, item % strips.units(x), item / strips.units(x));
       fill_zero(frames_forward(b.n, x.T - 1), forward, b);
       fill_zero(frames_backward(b.n, 0), backward, b);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
@@ -370,7 +288,7 @@ TEMPOPS_INLINE inline void with_sum(const scalar* a, const scalar* b, const F& f
 template <class acc>
 TEMPOPS_INLINE inline void correlate_planar(acc (*__restrict sums)[kLanes], const acc* __restrict s,
                                             const acc* __restrict x, const word_t<acc>* __restrict column,
-                                            const Clip& clip, const Block& b) {
+                                            const Clip& clip, const StripBlock& b) {
   const word_t<acc> W = clip.W;
   word_t<acc> rest[2 * kLanes] = {};  // all bits for the elements before the end, then none
   std::fill_n(rest, kLanes, word_t<acc>(-1));
@@ -409,8 +327,8 @@ TEMPOPS_INLINE inline void correlate_planar(acc (*__restrict sums)[kLanes], cons
 }
 
 // Adds the sums over clips and strips that one channel block of one group holds; partials are [group][tap][C].
-int64_t groups_of(const Clip& x, const Tiling& tiling, bool need_weight) {
-  const int64_t units = tiling.units(x);
+int64_t groups_of(const Clip& x, const Strips& strips, bool need_weight) {
+  const int64_t units = strips.units(x);
   return need_weight ? std::clamp<int64_t>(kPartials / (x.C * kTaps), 1, units) : units;
 }
 
@@ -418,21 +336,21 @@ template <class scalar>
 void backward_planar(const Clip* dx, double* partials, int64_t groups, const Clip& forward, const Clip& backward,
                      const Clip& x, const Tensor& weight, acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
-  const Tiling tiling(x);
+  const Strips strips(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const Frames<scalar> frames_dx(dx ? *dx : x);
-  const int64_t units = tiling.units(x);
-  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
+  const int64_t units = strips.units(x);
+  parallel(groups * strips.channel_blocks, units / groups * strips.work(x),
            [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Planes<acc> planes(x, tiling), planes_x(x, tiling);
-    Scratch<acc> sums_memory(tiling.channels * kTaps * kLanes);
-    const auto columns = columns_of<word_t<acc>>(x, tiling);
+    Planes<acc> planes(x, strips), planes_x(x, strips);
+    Scratch<acc> sums_memory(strips.channels * kTaps * kLanes);
+    const auto columns = columns_of<word_t<acc>>(x, strips);
     auto* sums = reinterpret_cast<acc(*)[kLanes]>(sums_memory.data());
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
       for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
-        const Block b(x, tiling, unit, channel_block);
+        const StripBlock b(x, strips, unit, channel_block);
         const int64_t begin = b.begin * x.W, count = (b.end - b.begin) * x.W;
         int64_t terms = 0;
         const auto flush = [&]() TEMPOPS_INLINE {
@@ -485,20 +403,20 @@ template <class scalar>
 void backward_channels_last(const Clip* dx, double* partials, int64_t groups, const Clip& forward, const Clip& backward,
                             const Clip& x, const Tensor& weight, acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
-  const Tiling tiling(x);
+  const Strips strips(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, true);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const Frames<scalar> frames_dx(dx ? *dx : x);
-  const int64_t units = tiling.units(x);
-  parallel(groups * tiling.channel_blocks, units / groups * tiling.work(x),
+  const int64_t units = strips.units(x);
+  parallel(groups * strips.channel_blocks, units / groups * strips.work(x),
            [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Strip<acc> strip(x, tiling), strip_x(x, tiling);
+    Strip<acc> strip(x, strips, 0), strip_x(x, strips, 0);
     const int64_t pitch = strip.pitch;
     Scratch<acc> sums(kTaps * pitch), products_of_row(x.W * pitch);
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
       for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
-        const Block b(x, tiling, unit, channel_block);
+        const StripBlock b(x, strips, unit, channel_block);
         int64_t terms = 0;
         const auto flush = [&]() TEMPOPS_INLINE {
           for (int64_t k = 0; k < kTaps; ++k) {
@@ -592,7 +510,7 @@ std::tuple<Tensor, Tensor> bidirectional_difference_backward(const Tensor& grad_
     using scalar = std::remove_pointer_t<decltype(type)>;
     const acc_t<scalar> sign = neighbor_first ? -1 : 1;
     const bool empty = x.empty() || (!need_x && !need_weight);
-    const int64_t groups = empty ? 0 : groups_of(x, Tiling(x), need_weight);
+    const int64_t groups = empty ? 0 : groups_of(x, Strips(x), need_weight);
     std::vector<double> partials(need_weight ? groups * kTaps * x.C : 0);
     double* sums = need_weight ? partials.data() : nullptr;
     if (!empty) {

@@ -10,7 +10,7 @@
 // each row, the column that won it.
 #include <limits>
 
-#include "../lanes.h"
+#include "../strip.h"
 
 namespace tempops {
 namespace {
@@ -330,6 +330,70 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
   });
 }
 
+// best = the maxima of the 3x3 windows of n adjacent pixels; `corner` is the element above and left of the first.
+template <int64_t n, class word>
+TEMPOPS_INLINE inline void square_maxima(word* __restrict best, const word* __restrict corner, int64_t row,
+                                         int64_t pitch, int64_t channels) {
+  _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) {
+    word column[n + 2];
+    for (int64_t d = 0; d < n + 2; ++d) {
+      const word above = corner[d * pitch + c], here = corner[row + d * pitch + c],
+                 below = corner[2 * row + d * pitch + c], most = above > here ? above : here;
+      column[d] = most > below ? most : below;
+    }
+    for (int64_t q = 0; q < n; ++q) {
+      const word most = column[q] > column[q + 1] ? column[q] : column[q + 1];
+      best[q * pitch + c] = most > column[q + 2] ? most : column[q + 2];
+    }
+  }
+}
+
+// The most used case, 3x3 in channels_last: without the passes, whose buffers would be as large as many channels.
+template <class scalar>
+void enhance_channels_last(const Clip& y, const Clip& x) {
+  using acc = acc_t<scalar>;
+  using word = word_t<acc>;
+  const Strips strips(x);
+  const Frames<scalar> frames_x(x), frames_y(y);
+  parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Strip<word> keys(x, strips, kOutside<word>);
+    Scratch<word> best(x.W * keys.pitch);
+    for (int64_t item = first; item < last; ++item) {
+      const StripBlock b(x, strips, item % strips.units(x), item / strips.units(x));
+      for (int64_t t = 1; t < x.T; ++t) {
+        const scalar *frame = frames_x(b.n, t) + b.c, *past = frames_x(b.n, t - 1) + b.c;
+        scalar* out = frames_y(b.n, t - 1) + b.c;
+        const auto fill = [&](int64_t i) TEMPOPS_INLINE {
+          keys.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+            return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return to_key(load(from[c])); };
+          });
+        };
+        fill(b.begin - 1);
+        fill(b.begin);
+        for (int64_t i = b.begin; i < b.end; ++i) {
+          fill(i + 1);
+          const word* corner = keys.at(b, i - 1) - keys.pitch;
+          together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+            square_maxima<n()>(best.data() + j * keys.pitch, corner + j * keys.pitch, keys.row, keys.pitch, b.channels);
+          });
+          for (int64_t j = 0; j < x.W; ++j) {
+            const int64_t p = i * x.W + j;
+            const word* __restrict maximum = best.data() + j * keys.pitch;
+            const scalar* __restrict src = past + p * x.sp;
+            scalar* __restrict dst = out + p * y.sp;
+            const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
+              __builtin_prefetch(src + c + 2 * x.st);
+              __builtin_prefetch(dst + c + y.st, 1);
+            };
+            each(b.channels, fetch,
+                 [&](int64_t c) TEMPOPS_INLINE { dst[c] = store<scalar>(from_key<acc>(maximum[c]) - load(src[c])); });
+          }
+        }
+      }
+    }
+  });
+}
+
 // dx[t] = what the windows of R[t - 1] give to the elements that won them - dR[t].
 template <class scalar, int K>
 void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t radius) {
@@ -453,7 +517,12 @@ Tensor motion_enhance(const Tensor& x_, Segments n_segment, int64_t kernel_size)
   if (y.empty()) return y.tensor;
   by_dtype(x.dtype, [&](auto* type) {
     using scalar = std::remove_pointer_t<decltype(type)>;
-    radius == 1 ? enhance<scalar, 3>(y, x, radius) : enhance<scalar, 0>(y, x, radius);
+    if (radius != 1)
+      enhance<scalar, 0>(y, x, radius);
+    else if (x.channels_last)
+      enhance_channels_last<scalar>(y, x);
+    else
+      enhance<scalar, 3>(y, x, radius);
   });
   return y.tensor;
 }

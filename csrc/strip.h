@@ -1,0 +1,93 @@
+// Strips: how an op that reads a 3x3 neighbourhood walks the frames of a clip.
+//
+// A block is some rows of some channels; a thread keeps it in the cache and walks T.
+#pragma once
+
+#include "lanes.h"
+
+namespace tempops {
+
+inline int64_t blocks_of(int64_t n, int64_t size) {
+  return (n + size - 1) / size;
+}
+
+// How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
+struct Strips {
+  // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
+  static constexpr int64_t kPlanar = 1024, kChannelsLast = 16384, kLeastChannels = 64;
+
+  int64_t channels, rows, channel_blocks, strips;
+
+  explicit Strips(const Clip& x) {
+    if (x.channels_last) {
+      // Whole planes of some channels, or, where these are too large for that, rows of many channels.
+      const int64_t whole = kChannelsLast / x.P / kLanes * kLanes;
+      channels = std::min(x.C, whole >= kLeastChannels ? whole : std::max(kLeastChannels, kChannelsLast / x.W));
+      rows = std::max<int64_t>(4, kChannelsLast / (x.W * channels));
+    } else {
+      channels = std::clamp<int64_t>(kPlanar / x.P, 1, x.C);
+      rows = std::max<int64_t>(4, 4 * kPlanar / x.W);
+    }
+    rows = blocks_of(x.H, blocks_of(x.H, std::min(rows, x.H)));
+    channel_blocks = blocks_of(x.C, channels);
+    strips = blocks_of(x.H, rows);
+  }
+
+  int64_t units(const Clip& x) const {
+    return x.N * strips;
+  }
+  int64_t work(const Clip& x) const {
+    return x.T * channels * rows * x.W;
+  }
+};
+
+// Rows [begin, end) of some channels of clip n.
+struct StripBlock {
+  int64_t n, c, channels, begin, end;
+
+  StripBlock(const Clip& x, const Strips& strips, int64_t unit, int64_t channel_block)
+      : n(unit / strips.strips), c(channel_block * strips.channels), channels(std::min(strips.channels, x.C - c)),
+        begin(unit % strips.strips * strips.rows), end(std::min(x.H, begin + strips.rows)) {}
+};
+
+// The rows of a channels_last block with a row and a pixel more on all sides, which are `outside` outside the plane.
+template <class element>
+struct Strip {
+  int64_t W, pitch, row;  // elements from a pixel to the next, and from a row to the next
+  element outside;
+  Scratch<element> memory;
+
+  Strip(const Clip& x, const Strips& strips, element outside)
+      : W(x.W), pitch(strips.channels), row((x.W + 2) * pitch), outside(outside),
+        memory((strips.rows + 2) * row, outside) {}
+
+  // Where row i of the block begins; before it is pixel -1.
+  TEMPOPS_INLINE element* at(const StripBlock& b, int64_t i) {
+    return memory.data() + (i - b.begin + 1) * row + pitch;
+  }
+  // Fills row i from value(pixel)(channel).
+  template <class F>
+  TEMPOPS_INLINE void fill(const StripBlock& b, int64_t i, int64_t H, const F& value) {
+    element* to = at(b, i);
+    if (i < 0 || i >= H) {
+      std::fill_n(to, W * pitch, outside);
+      return;
+    }
+    for (int64_t j = 0; j < W; ++j, to += pitch) {
+      const auto of_pixel = value(i * W + j);
+      element* __restrict dst = to;
+      each(b.channels, [&](int64_t c) TEMPOPS_INLINE { dst[c] = of_pixel(c); });
+    }
+  }
+};
+
+// Calls f(constant, j) for the pixels j in [0, n) of a row, four at a time as long as there are so many: neighbours
+// share what they read.
+template <class F>
+TEMPOPS_INLINE inline void together(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) f(std::integral_constant<int64_t, 4>(), j);
+  for (; j < n; ++j) f(std::integral_constant<int64_t, 1>(), j);
+}
+
+}  // namespace tempops
