@@ -312,16 +312,25 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
           line_maximum<K, true, false, word>(along_row + p, nullptr, keys + p, columns, radius, b.along, n);
         };
         const auto column_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          const int64_t p = b.at(first), n = b.until(last) - p;
-          line_maximum<K, true, false, word>(best + p, nullptr, along_row + p, Rows<word>{}, radius, b.row, n);
+          if constexpr (K != 3) {
+            const int64_t p = b.at(first), n = b.until(last) - p;
+            line_maximum<K, true, false, word>(best + p, nullptr, along_row + p, Rows<word>{}, radius, b.row, n);
+          }
           const scalar* past = frames_x(b.n, t - 1);
           scalar* frame = frames_y(b.n, t - 1);
           each_run(x, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
             const scalar* __restrict src = past + from;
-            const word* __restrict maximum = best + at;
+            const word* __restrict maximum = best + at, * __restrict here = along_row + at;
+            const word *above = here - b.row, *below = here + b.row;
             scalar* __restrict dst = frame + to;
-            each(count,
-                 [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(from_key<acc>(maximum[i]) - load(src[i])); });
+            each(count, [&](int64_t i) TEMPOPS_INLINE {
+              word key;
+              if constexpr (K == 3)
+                key = std::max(std::max(above[i], here[i]), below[i]);
+              else
+                key = maximum[i];
+              dst[i] = store<scalar>(from_key<acc>(key) - load(src[i]));
+            });
           });
         };
         pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});
