@@ -1,0 +1,157 @@
+// What the CUDA kernels share: launching, wide loads, where a thread's elements are.
+//
+// A .cu file holds kernels and launchers, and no <<<>>>: `launch` goes through the runtime's C++ interface, so that a
+// plain C++ compiler can read the same source (tests/cuda_sim).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common.h"
+
+namespace tempops {
+
+constexpr int kThreads = 256;     // of a block
+constexpr int kWidestBytes = 16;  // of one load or store
+
+// Makes the device of x current, and afterwards the one that was.
+class DeviceGuard {
+  int before_ = 0;
+  int device_;
+
+ public:
+  explicit DeviceGuard(const Tensor& x) : device_(x.get_device_index()) {
+    STD_CUDA_CHECK(cudaGetDevice(&before_));
+    if (device_ != before_) STD_CUDA_CHECK(cudaSetDevice(device_));
+  }
+  ~DeviceGuard() {
+    if (device_ != before_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  int device() const {
+    return device_;
+  }
+};
+
+struct Grid {
+  int64_t x, y = 1;  // blocks; kernels loop over y, so that it may be cut to what a grid can have
+};
+
+inline int64_t blocks_for(int64_t items, int64_t of_block = kThreads) {
+  return (items + of_block - 1) / of_block;
+}
+
+// Runs a kernel on the current stream of the device; nothing where there is nothing to do.
+template <class... Parameters, class... Arguments>
+void launch(const DeviceGuard& guard, void (*kernel)(Parameters...), Grid grid, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return;
+  TEMPOPS_CHECK(grid.x <= 0x7fffffff, "tensor too large: ", grid.x, " blocks");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(guard.device(), &stream));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y < 65535 ? grid.y : 65535));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// The type in which a dtype is added up: float64 for float64, else float32.
+template <class scalar>
+using acc_t = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
+
+// V adjacent elements: one load, one store.
+template <class scalar, int V>
+struct alignas(sizeof(scalar) * V) Pack {
+  scalar v[V];
+
+  __device__ static Pack load(const scalar* from) {
+    return *reinterpret_cast<const Pack*>(from);
+  }
+  __device__ void store(scalar* to) const {
+    *reinterpret_cast<Pack*>(to) = *this;
+  }
+};
+
+// Quotient of two numbers that are not negative; in 32 bits where that is enough, which is several times faster.
+__device__ inline int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
+}
+
+// A tensor of clips as a kernel reads and writes it: run r of frame t of clip n begins at data + n*sn + t*st + r*pitch.
+template <class scalar>
+struct Runs {
+  scalar* data;
+  int64_t sn, st, pitch;
+
+  __device__ scalar* at(int64_t n, int64_t t, int64_t run, int64_t i) const {
+    return data + n * sn + t * st + run * pitch + i;
+  }
+};
+
+// How the frames of some tensors of one shape are cut: `runs` runs of `length` adjacent elements each. A frame that is
+// one run of memory in all tensors is one run, else a run is a channel's pixels (planar) or a pixel's channels
+// (channels_last).
+struct Frame {
+  int64_t N, T, C, P, runs, length;
+  bool channels_last;
+
+  template <class... Clips>
+  explicit Frame(const Clip& x, const Clips&... others)
+      : N(x.N), T(x.T), C(x.C), P(x.P), channels_last(x.channels_last) {
+    const bool dense = (x.dense_frames() && ... && others.dense_frames());
+    runs = dense ? 1 : channels_last ? P : C;
+    length = dense ? C * P : channels_last ? C : P;
+  }
+
+  template <class scalar>
+  Runs<scalar> of(const Clip& x) const {
+    return {x.data<std::remove_const_t<scalar>>(), x.sn, x.st, runs == 1 ? 0 : channels_last ? x.sp : x.sc};
+  }
+  // The channel of element i of a run.
+  __device__ int64_t channel(int64_t run, int64_t i) const {
+    if (channels_last) return runs == 1 ? i - quotient(i, C) * C : i;
+    return runs == 1 ? quotient(i, P) : run;
+  }
+
+  // How many elements one access may have: as many as fit 16 bytes where every run of every tensor begins at a multiple
+  // of that and has a multiple of that, else one.
+  template <class... Clips>
+  int width(const Clips&... clips) const {
+    const auto wide = [&](const Clip& x) {
+      const int64_t size = x.tensor.element_size(), V = kWidestBytes / size;
+      const int64_t pitch = runs == 1 ? 0 : channels_last ? x.sp : x.sc;
+      return reinterpret_cast<uintptr_t>(x.address) % kWidestBytes == 0 && (x.N <= 1 || x.sn % V == 0) &&
+             (x.T <= 1 || x.st % V == 0) && pitch % V == 0 && length % V == 0;
+    };
+    const Clip* first[] = {&clips...};
+    return (wide(clips) && ...) ? kWidestBytes / first[0]->tensor.element_size() : 1;
+  }
+  // Blocks of threads that each take V elements of a frame.
+  int64_t blocks(int V) const {
+    return blocks_for(runs * (length / V));
+  }
+};
+
+// The V elements of a frame that a thread has.
+template <int V>
+struct Place {
+  int64_t run, i;
+  bool inside;
+
+  __device__ explicit Place(const Frame& frame) {
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, packs = frame.length / V;
+    run = frame.runs == 1 ? 0 : quotient(at, packs);
+    i = (at - run * packs) * V;
+    inside = at < frame.runs * packs;
+  }
+};
+
+// Calls f with the width as a constant: 1, or 16 bytes of the scalar.
+template <class scalar, class F>
+void by_width(int width, const F& f) {
+  constexpr int kWide = kWidestBytes / sizeof(scalar);
+  width == 1 ? f(std::integral_constant<int, 1>()) : f(std::integral_constant<int, kWide>());
+}
+
+}  // namespace tempops

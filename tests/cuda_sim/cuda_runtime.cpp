@@ -1,0 +1,200 @@
+// The fibers, and the symbols of a CUDA build of PyTorch that the launchers use.
+#include "cuda_runtime.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+#ifdef CUDA_SIM_TSAN
+#include <sanitizer/tsan_interface.h>
+#endif
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_sim {
+namespace {
+
+constexpr size_t kStack = 128 * 1024;
+constexpr int kWarp = 32;
+
+// A group of threads that wait for one another.
+struct Barrier {
+  int members = 0, arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool done = true;
+#ifdef CUDA_SIM_TSAN
+  void* tsan = __tsan_create_fiber(0);
+#endif
+};
+
+ucontext_t scheduler;
+std::vector<Fiber> fibers;
+std::vector<Barrier> warps;
+std::vector<uint64_t> exchanged[2];  // by thread; two, so that one shuffle may begin before all have read the last
+Barrier block;
+const std::function<void()>* running;
+int current;
+#ifdef CUDA_SIM_TSAN
+void* scheduler_tsan;
+#endif
+
+void switch_to(ucontext_t& from, ucontext_t& to, const char* stack, [[maybe_unused]] bool ends = false) {
+#ifdef __SANITIZE_ADDRESS__
+  static const void* scheduler_stack;
+  static size_t scheduler_size;
+  void* fake = nullptr;
+  if (stack)
+    __sanitizer_start_switch_fiber(&fake, stack, kStack);
+  else
+    __sanitizer_start_switch_fiber(ends ? nullptr : &fake, scheduler_stack, scheduler_size);
+  swapcontext(&from, &to);
+  __sanitizer_finish_switch_fiber(fake, stack ? nullptr : &scheduler_stack, stack ? nullptr : &scheduler_size);
+#else
+  (void)stack;
+  swapcontext(&from, &to);
+#endif
+}
+
+void yield() {
+  const int self = current;
+#ifdef CUDA_SIM_TSAN
+  __tsan_switch_to_fiber(scheduler_tsan, 1);
+#endif
+  switch_to(fibers[self].context, scheduler, nullptr);
+}
+
+void release(Barrier& barrier) {
+  if (barrier.members == 0 || barrier.arrived < barrier.members) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+void wait(Barrier& barrier) {
+#ifdef CUDA_SIM_TSAN
+  __tsan_release(&barrier);
+#endif
+  const uint64_t generation = barrier.generation;
+  ++barrier.arrived;
+  release(barrier);
+  while (barrier.generation == generation) yield();
+#ifdef CUDA_SIM_TSAN
+  __tsan_acquire(&barrier);
+#endif
+}
+
+void thread_main() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+  const int self = current;
+  (*running)();
+  fibers[self].done = true;
+  for (Barrier* barrier : {&block, &warps[self / kWarp]}) {
+    --barrier->members;
+    release(*barrier);
+  }
+#ifdef CUDA_SIM_TSAN
+  __tsan_release(&fibers);
+  __tsan_switch_to_fiber(scheduler_tsan, 1);
+#endif
+  switch_to(fibers[self].context, scheduler, nullptr, true);
+}
+
+void run_block(int threads) {
+  warps.assign((threads + kWarp - 1) / kWarp, {});
+  block = {threads};
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    ++warps[i / kWarp].members;
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, thread_main, 0);
+  }
+  for (bool any = true; any;) {
+    any = false;
+    for (current = 0; current < threads; ++current) {
+      if (fibers[current].done) continue;
+      any = true;
+      threadIdx = dim3(current);
+#ifdef CUDA_SIM_TSAN
+      __tsan_switch_to_fiber(fibers[current].tsan, 1);
+#endif
+      switch_to(scheduler, fibers[current].context, fibers[current].stack.get());
+    }
+  }
+}
+
+}  // namespace
+
+int lane() {
+  return threadIdx.x % kWarp;
+}
+
+uint64_t exchange(uint64_t bits, int from) {
+  Barrier& warp = warps[current / kWarp];
+  std::vector<uint64_t>& slots = exchanged[warp.generation % 2];
+  slots[current] = bits;
+  const int self = current;
+  wait(warp);
+  return slots[self / kWarp * kWarp + from];
+}
+
+void run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
+  if (fibers.size() < threads.x) fibers = std::vector<Fiber>(threads.x);
+  for (auto& slots : exchanged) slots.resize(fibers.size());
+  running = &kernel;
+  gridDim = grid;
+  blockDim = threads;
+#ifdef CUDA_SIM_TSAN
+  scheduler_tsan = __tsan_get_current_fiber();
+#endif
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+#ifdef CUDA_SIM_TSAN
+      for (unsigned i = 0; i < threads.x; ++i) {
+        __tsan_switch_to_fiber(fibers[i].tsan, 0);  // what came before the launch is ordered before it
+        __tsan_switch_to_fiber(scheduler_tsan, 1);
+      }
+#endif
+      run_block(threads.x);
+    }
+  }
+#ifdef CUDA_SIM_TSAN
+  __tsan_acquire(&fibers);
+#endif
+}
+
+}  // namespace cuda_sim
+
+// threadIdx is that of the fiber that runs: it is set again after every wait.
+void __syncthreads() {
+  cuda_sim::wait(cuda_sim::block);
+}
+
+extern "C" {
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*, uint32_t, bool, char** message) {
+  *message = nullptr;
+  return 0;
+}
+void torch_c10_cuda_free_error_msg(char*) {}
+}
