@@ -30,8 +30,8 @@ def build(folder: Path, sanitizer: str = "", sources: list[Path] | None = None) 
     from torch.utils.cpp_extension import include_paths
 
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}"]
-    flags += [f"-isystem{path}" for path in include_paths()]
+    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    flags += [f"-I{HERE}", f"-I{CSRC}", *(f"-isystem{path}" for path in include_paths())]
     flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     folder.mkdir(parents=True, exist_ok=True)
     units = {folder / "fibers.o": HERE / "cuda_runtime.cpp"}
