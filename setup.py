@@ -1,4 +1,9 @@
-"""Builds tempops: `_C_cpu` (schemas and CPU ops, LibTorch stable ABI) and `_C` (pybind11, build facts).
+"""Builds tempops: `_C_cpu` (schemas and CPU ops, LibTorch stable ABI), `_C_cuda` (CUDA ops, likewise) where there is an
+nvcc and PyTorch is a CUDA build, and `_C` (pybind11, build facts).
+
+    FORCE_CUDA=1           fail rather than build without CUDA; build it against a CPU build of PyTorch too
+    TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX"; default: the GPUs that are there, else this
+    CUDA_HOME, CXX, MAX_JOBS
 
 Metadata needs no torch and an sdist no compiler either, so both are made without the extensions.
 """
@@ -7,6 +12,7 @@ from __future__ import annotations  # so that an older Python gets as far as che
 
 import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -54,6 +60,74 @@ def check_compiler() -> str:
     return found
 
 
+def find_nvcc() -> tuple[str | None, str]:
+    """nvcc, and why there will be no CUDA kernels where it is None."""
+    import torch
+
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    where = f"in {home}/bin" if home else "on the PATH"
+    if nvcc is None and forced:
+        sys.exit(f"FORCE_CUDA=1, but there is no nvcc {where}: install the CUDA toolkit or set CUDA_HOME.")
+    if nvcc is None:
+        return None, f"there was no nvcc {where} when tempops was built"
+    if torch.version.cuda is None and not forced:
+        return None, "tempops was built against a CPU build of PyTorch"
+    return nvcc, ""
+
+
+def cuda_architectures() -> list[str]:
+    """As TORCH_CUDA_ARCH_LIST says: compute capabilities, with +PTX for later GPUs too."""
+    import torch
+
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not asked and torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        asked = [f"{major}.{minor}" for major, minor in sorted(found)]
+    for architecture in asked:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST must be compute capabilities as in '8.0;9.0+PTX', got {architecture!r}")
+    return asked or ["8.0", "9.0+PTX"]
+
+
+def build_cuda(nvcc: str, sources: list[str], target: Path, folder: Path) -> None:
+    """Compiles and links the CUDA library with ninja, which compiles again only what changed."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    codes = []
+    for architecture in cuda_architectures():
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    include = [f"-I{path}" for path in (Path("csrc").resolve(), *include_paths())]
+    host = ["-ccbin", shlex.split(os.environ["CXX"])[0], "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    compile_flags = ["-std=c++20", "-O3", *codes, *include, "-DUSE_CUDA", *STABLE_ABI, *host]
+    libraries = [f"-L{path}" for path in library_paths()]
+    # libtorch pulls in what PyTorch was built with, CUDA or not.
+    link_flags = ["-shared", "-Xlinker=--no-as-needed", *libraries, "-ltorch", "-ltorch_cpu", "-lc10", *host[:2]]
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def quoted(*words: str | Path) -> str:
+        return shlex.join(map(str, words)).replace("$", "$$")
+
+    objects = {str(Path(source).resolve()): f"{Path(source).parent.name}.o" for source in sources}
+    lines = [
+        "rule compile",
+        f"  command = {quoted(nvcc, *compile_flags)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {quoted(nvcc, *link_flags)} $in -o $out",
+        *(f"build {out}: compile {source}" for source, out in objects.items()),
+        f"build {target.resolve()}: link {' '.join(objects.values())}",
+    ]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run(["ninja", "-C", str(folder), "-j", os.environ["MAX_JOBS"]], check=True)
+
+
 def build() -> dict:
     """The arguments of `setup` for a build of the extensions."""
     if torch_version is None:
@@ -63,7 +137,14 @@ def build() -> dict:
 
     csrc = str(Path("csrc").resolve())
     headers = [str(path) for path in Path("csrc").rglob("*.h")]
-    facts = {"TEMPOPS_TORCH_VERSION": torch_version, "TEMPOPS_CUDA": "this version of tempops has no CUDA kernels"}
+    nvcc, why_no_cuda = find_nvcc()
+    if nvcc is None:
+        print(f"\n*** tempops is built for the CPU only: {why_no_cuda} ***\n", file=sys.stderr)
+    facts = {
+        "TEMPOPS_TORCH_VERSION": torch_version,
+        "TEMPOPS_CUDA_ARCHITECTURES": " ".join(cuda_architectures()) if nvcc else "",
+        "TEMPOPS_WHY_NO_CUDA": why_no_cuda,
+    }
     libraries = [
         CppExtension(
             "tempops._C_cpu",
@@ -83,12 +164,22 @@ def build() -> dict:
         ),
     ]
 
+    if nvcc is not None:
+        sources = sorted(str(path) for path in Path("csrc").glob("*/cuda.cu"))
+        libraries.append(Extension("tempops._C_cuda", sources, depends=headers, py_limited_api=True))
+
     class KeepObjects(BuildExtension):
         """Compiles only what changed since the last build, where pip's editable builds would start afresh."""
 
         def finalize_options(self):
             super().finalize_options()
             self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch_version}"
+
+        def build_extension(self, extension):
+            if extension.name != "tempops._C_cuda":
+                return super().build_extension(extension)
+            target = Path(self.get_ext_fullpath(extension.name))
+            build_cuda(nvcc, extension.sources, target, Path(self.build_temp, "cuda"))
 
     return {"ext_modules": libraries, "cmdclass": {"build_ext": KeepObjects}}
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "common.h"
 
@@ -73,9 +74,10 @@ struct alignas(sizeof(scalar) * V) Pack {
   }
 };
 
-// Quotient of two numbers that are not negative; in 32 bits where that is enough, which is several times faster.
+// Quotient of two numbers below 2^32: what is divided is always a position in one frame, or a number of frames. In 64
+// bits it would be a function call, and the registers around it spilled.
 __device__ inline int64_t quotient(int64_t a, int64_t b) {
-  return ((a | b) >> 32) == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
 // A tensor of clips as a kernel reads and writes it: run r of frame t of clip n begins at data + n*sn + t*st + r*pitch.
@@ -102,6 +104,7 @@ struct Frame {
     const bool dense = (x.dense_frames() && ... && others.dense_frames());
     runs = dense ? 1 : channels_last ? P : C;
     length = dense ? C * P : channels_last ? C : P;
+    TEMPOPS_CHECK(C * P <= 0xffffffff && N * T <= 0xffffffff, "frames of more than 2^32 elements are not supported");
   }
 
   template <class scalar>

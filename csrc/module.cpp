@@ -18,5 +18,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("instruction_set", [] { return tempops::name(tempops::isa()); },
         "The instruction set in use on this processor; ATEN_CPU_CAPABILITY lowers it.");
-  m.attr("cuda") = TEMPOPS_CUDA;  // why there are no CUDA kernels
+  m.attr("cuda_architectures") = TEMPOPS_CUDA_ARCHITECTURES;  // empty where there are no CUDA kernels
+  m.attr("why_no_cuda") = TEMPOPS_WHY_NO_CUDA;
 }

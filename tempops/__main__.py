@@ -16,7 +16,7 @@ def rows() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("built by", f"{_C.compiler}, against torch {_C.torch_version}"),
         ("CPU instruction sets", f"{', '.join(_C.instruction_sets)}; in use: {_C.instruction_set()}"),
-        ("CUDA architectures", f"none: {_C.cuda}"),
+        ("CUDA architectures", _C.cuda_architectures or f"none: {_C.why_no_cuda}"),
         *((f"back end {name}", f"not usable: {why}" if (why := why_not(name)) else "usable") for name in BACKENDS),
     ]
 

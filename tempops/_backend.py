@@ -1,12 +1,16 @@
 """Which back end runs an op: the libraries that loaded, the automatic choice, `backend(...)`, `TEMPOPS_BACKEND`."""
 
 import contextlib
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import _C
 
 BACKENDS = ("eager", "cpu", "cuda", "triton")
 
@@ -42,12 +46,49 @@ if _cpu_missing:
     raise ImportError(f"{_cpu_missing}; install tempops again with: pip install -e . (or pip install tempops)")
 
 
+def _load_cuda() -> str | None:
+    """Loads the CUDA ops; returns why they could not be, or None."""
+    if not _C.cuda_architectures:
+        return _C.why_no_cuda
+    if torch.version.cuda is None:
+        return "this PyTorch is a CPU build"
+    return _load("_C_cuda")
+
+
+_cuda_missing = _load_cuda()
+
+
 def why_not(name: str) -> str | None:
     """Why the back end cannot be used here, in a few words; None where it can."""
     if name == "cuda":
-        return "this version of tempops has no CUDA kernels"
+        return _cuda_missing or (None if torch.cuda.is_available() else "PyTorch finds no GPU")
     if name == "triton":
         return "this version of tempops has no Triton kernels"
+    return None
+
+
+@functools.cache
+def _why_not_on_cuda(op: str) -> str | None:
+    """Why CUDA kernels cannot run an op; None where they can."""
+    if _cuda_missing:
+        return _cuda_missing
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"tempops::{op}", "CUDA"):
+        return f"this version of tempops has no CUDA kernels of {op}"
+    return None
+
+
+@functools.cache
+def _warn_of_eager(op: str, reason: str) -> None:
+    warnings.warn(f"tempops.{op} runs in eager PyTorch on this GPU: {reason}", stacklevel=2)
+
+
+@torch.compiler.assume_constant_result
+def _cuda_namespace(op: str) -> str | None:
+    """The namespace of the automatic choice on CUDA; eager says once that it is, and why."""
+    reason = _why_not_on_cuda(op)
+    if reason is None:
+        return "tempops"
+    _warn_of_eager(op, reason)
     return None
 
 
@@ -79,20 +120,24 @@ def backend(name: str) -> Iterator[None]:
         _choice.name = before
 
 
-def namespace(x: Tensor) -> str | None:
+def namespace(x: Tensor, op: str) -> str | None:
     """The torch.ops namespace that runs an op on x; None for eager.
 
     Raises:
-        RuntimeError: the chosen back end does not take tensors of x's device.
+        RuntimeError: the chosen back end does not take tensors of x's device, or has no such op.
     """
     chosen = _choice.name
     device = x.device.type
     if chosen is None:
+        if device == "cuda":
+            return _cuda_namespace(op)
         return "tempops" if device in ("cpu", "meta") else None
     if chosen == "eager":
         return None
     if device not in (chosen, "meta"):
         raise RuntimeError(f"the back end {chosen!r} does not take {device} tensors")
+    if chosen == "cuda" and _cuda_namespace(op) is None:
+        raise RuntimeError(f"the back end 'cuda' is not available: this version of tempops has no CUDA kernels of {op}")
     return "tempops"
 
 

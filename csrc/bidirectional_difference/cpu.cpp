@@ -4,6 +4,7 @@
 // A thread keeps a block of a clip in the cache and walks T, so that these frames are there already. Likewise the
 // backward adds up what the two gradients say of the product of frame t, and transposes the product once.
 #include "../strip.h"
+#include "arguments.h"
 
 namespace tempops {
 namespace {
@@ -471,13 +472,6 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
       }
     }
   });
-}
-
-Tensor checked_weight(const Tensor& weight, const Clip& x) {
-  TEMPOPS_CHECK(
-      weight.dim() == 4 && weight.size(0) == x.C && weight.size(1) == 1 && weight.size(2) == 3 && weight.size(3) == 3,
-      "weight must have shape [C, 1, 3, 3] with C = ", x.C);
-  return dense_argument(weight, x.tensor, "weight");
 }
 
 std::tuple<Tensor, Tensor> bidirectional_difference(const Tensor& x_, const Tensor& weight_, Segments n_segment,

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "../lanes.h"
+#include "arguments.h"
 
 namespace tempops {
 namespace {
@@ -344,14 +345,6 @@ void by_layout(const Clip& x, const F& f) {
   });
 }
 
-Clip checked_clips(const Tensor& x, Segments n_segment, double eps) {
-  const Clip clip = clips(x, n_segment);
-  TEMPOPS_CHECK(clip.T >= 2, "x must have at least 2 frames a clip, got T = ", clip.T);
-  TEMPOPS_CHECK(eps >= 0, "eps must be at least 0, got ", eps);
-  return clip;
-}
-
-// The similarity [N*T, 1, H, W] or [N, 1, T, H, W] is dense in this order, whatever the layout of x.
 Tensor temporal_cosine_similarity(const Tensor& x_, Segments n_segment, double eps) {
   const Clip x = checked_clips(x_, n_segment, eps);
   const Clip s = empty_clips(x, x.T, 1, x.H, x.W);
@@ -364,9 +357,7 @@ Tensor temporal_cosine_similarity(const Tensor& x_, Segments n_segment, double e
 
 Tensor temporal_cosine_similarity_backward(const Tensor& grad, const Tensor& x_, Segments n_segment, double eps) {
   const Clip x = checked_clips(x_, n_segment, eps);
-  const Clip ds = clips(dense_argument(grad, x.tensor, "grad"), n_segment, "grad");
-  TEMPOPS_CHECK(ds.rank == x.rank && ds.N == x.N && ds.T == x.T && ds.C == 1 && ds.H == x.H && ds.W == x.W,
-                "grad has the wrong shape");
+  const Clip ds = similarity_clips(grad, x, n_segment);
   const Clip dx = empty_like(x);
   by_layout(x, [&](auto* type, auto* block) {
     backward<false, std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(block)>>(dx, ds, x, eps);

@@ -2,14 +2,10 @@
 // there, for one pair of frames after the other: the later frame of a pair is read from the cache as the earlier of the
 // next.
 #include "../cpu.h"
+#include "arguments.h"
 
 namespace tempops {
 namespace {
-
-// F frames of C channels each, side by side in x's channels; pooled maps of `height` x `width`.
-struct Frames {
-  int64_t F, C, pool, height, width;
-};
 
 constexpr int64_t kRun = 4096;  // elements subtracted at a time: with both frames they fit the second-level cache
 
@@ -294,22 +290,10 @@ void gradient_channels_last(const Clip& dx, const Clip& dy, const Frames& f) {
   });
 }
 
-// Reads x as maps whose channels are n_frames frames.
-Clip maps(const Tensor& x, const char* name) {
-  TEMPOPS_CHECK(x.dim() == 4, name, " must be [M, F*C, H, W], got ", x.dim(), "-D");
-  return clips(x, 1, name);
-}
-
-void check(int64_t n_frames, int64_t pool) {
-  TEMPOPS_CHECK(n_frames >= 2, "n_frames must be at least 2, got ", n_frames);
-  TEMPOPS_CHECK(pool >= 1, "pool must be at least 1, got ", pool);
-}
-
 Tensor frame_difference(const Tensor& x_, int64_t n_frames, int64_t pool) {
   check(n_frames, pool);
   const Clip x = maps(x_, "x");
-  TEMPOPS_CHECK(x.C % n_frames == 0, "n_frames=", n_frames, " does not divide ", x.C, " channels");
-  const Frames f{n_frames, x.C / n_frames, pool, x.H / pool, x.W / pool};
+  const Frames f = frames_of(x, n_frames, pool);
   const Clip y = empty_clips(x, 1, (f.F - 1) * f.C, f.height, f.width);
   if (y.empty()) return y.tensor;
   by_dtype(x.dtype, [&](auto* type) {
@@ -325,11 +309,7 @@ Tensor frame_difference(const Tensor& x_, int64_t n_frames, int64_t pool) {
 Tensor frame_difference_backward(const Tensor& grad, int64_t n_frames, int64_t pool, int64_t height, int64_t width) {
   check(n_frames, pool);
   const Clip dy = maps(grad, "grad");
-  const Frames f{n_frames, dy.C / (n_frames - 1), pool, dy.H, dy.W};
-  TEMPOPS_CHECK(
-      f.C * (f.F - 1) == dy.C && height >= 0 && width >= 0 && height / pool == f.height && width / pool == f.width,
-      "grad [", dy.N, ", ", dy.C, ", ", dy.H, ", ", dy.W, "] does not fit n_frames=", n_frames, ", pool=", pool,
-      " and frames of ", height, " x ", width);
+  const Frames f = frames_of_gradient(dy, n_frames, pool, height, width);
   const Clip dx = empty_clips(dy, 1, f.F * f.C, height, width);
   if (dx.empty()) return dx.tensor;
   if (dy.empty()) return torch::stable::zero_(const_cast<Tensor&>(dx.tensor));

@@ -1,5 +1,6 @@
 // motion_attention on the CPU: one pass over memory, so what counts is that the exponential vectorises.
 #include "../cpu.h"
+#include "arguments.h"
 
 namespace tempops {
 namespace {
@@ -85,10 +86,6 @@ struct Runs {
     return x.frame<scalar>(frame / x.T, frame % x.T) + run % rows * (x.channels_last ? x.sp : x.sc) + begin;
   }
 };
-
-Clip frames_of(const Tensor& x) {
-  return clips(x, x.dim() == 4 ? Segments(1) : std::nullopt);  // frames do not meet here: any count would do
-}
 
 Tensor motion_attention(const Tensor& x_, const Tensor& forward, const Tensor& backward, bool centered) {
   const Clip x = frames_of(x_), ahead = clips_like(forward, x, "forward"), behind = clips_like(backward, x, "backward");

@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "../strip.h"
+#include "arguments.h"
 
 namespace tempops {
 namespace {
@@ -512,13 +513,6 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
   });
 }
 
-// Half the kernel size. A window that reaches over the whole plane from everywhere may as well end there.
-int64_t radius_of(const Clip& x, int64_t kernel_size) {
-  TEMPOPS_CHECK(x.T >= 2, "x must have at least 2 frames a clip, got T = ", x.T);
-  TEMPOPS_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "kernel_size must be odd and at least 1, got ", kernel_size);
-  return std::min(kernel_size / 2, std::max<int64_t>({1, x.H, x.W}) - 1);
-}
-
 Tensor motion_enhance(const Tensor& x_, Segments n_segment, int64_t kernel_size) {
   const Clip x = clips(x_, n_segment);
   const int64_t radius = radius_of(x, kernel_size);
@@ -539,9 +533,7 @@ Tensor motion_enhance(const Tensor& x_, Segments n_segment, int64_t kernel_size)
 Tensor motion_enhance_backward(const Tensor& grad, const Tensor& x_, Segments n_segment, int64_t kernel_size) {
   const Clip x = clips(x_, n_segment);
   const int64_t radius = radius_of(x, kernel_size);
-  const Clip dy = clips(grad, x.rank == 4 ? Segments(x.T - 1) : std::nullopt, "grad", &x);
-  TEMPOPS_CHECK(dy.N == x.N && dy.T == x.T - 1 && dy.C == x.C && dy.H == x.H && dy.W == x.W,
-                "grad has the wrong shape");
+  const Clip dy = gradient_of(x, grad);
   const Clip dx = empty_like(x);
   if (dx.empty()) return dx.tensor;
   by_dtype(x.dtype, [&](auto* type) {

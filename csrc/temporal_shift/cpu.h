@@ -1,7 +1,7 @@
 // temporal_shift for other CPU ops.
 #pragma once
 
-#include "math.h"
+#include "arguments.h"
 
 namespace tempops {
 

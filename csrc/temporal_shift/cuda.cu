@@ -1,6 +1,6 @@
 // temporal_shift on CUDA: only memory moves, so every dtype is moved as unsigned integers of its size.
 #include "../cuda.h"
-#include "math.h"
+#include "arguments.h"
 
 namespace tempops {
 namespace {

@@ -180,7 +180,7 @@ class Op:
 
     def _run(self, x: Tensor, *args):
         self.check(x, *args)
-        namespace = _backend.namespace(x)
+        namespace = _backend.namespace(x, self.name)
         if namespace is None:
             return self.reference(x, *args)
         return getattr(getattr(torch.ops, namespace), self.name)(x, *args)

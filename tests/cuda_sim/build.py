@@ -24,36 +24,57 @@ UNIT = """#include "cuda.h"
 """
 
 
+def _compiler() -> list[str]:
+    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    from torch.utils.cpp_extension import include_paths
+
+    flags += [f"-I{HERE}", f"-I{CSRC}", *(f"-isystem{path}" for path in include_paths())]
+    return [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        *flags,
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
+
+
+def _compile(folder: Path, sanitizer: str, units: list[Path]) -> list[str]:
+    """Compiles the simulator and `units`; returns the objects."""
+
+    def compile_unit(unit: Path) -> str:
+        flags = SANITIZERS[sanitizer]
+        if sanitizer == "thread" and unit.parent == HERE and unit.stem == "cuda_runtime":
+            flags = ["-O1", "-g", "-DCUDA_SIM_TSAN"]  # what the scheduler itself touches is no race
+        target = folder / f"{unit.stem}.o"
+        subprocess.run([*_compiler(), *flags, "-c", str(unit), "-o", str(target)], check=True)
+        return str(target)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return list(pool.map(compile_unit, [HERE / "cuda_runtime.cpp", *units]))
+
+
 def build(folder: Path, sanitizer: str = "", sources: list[Path] | None = None) -> Path:
     """Compiles `sources` (default: every csrc/*/cuda.cu) into folder/libcuda_sim.so and returns its path."""
     import torch
-    from torch.utils.cpp_extension import include_paths
 
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
-    flags += [f"-I{HERE}", f"-I{CSRC}", *(f"-isystem{path}" for path in include_paths())]
-    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     folder.mkdir(parents=True, exist_ok=True)
-    units = {folder / "fibers.o": HERE / "cuda_runtime.cpp"}
+    units = []
     for source in sources or sorted(CSRC.glob("*/cuda.cu")):
-        unit = folder / f"{source.parent.name}.cpp"
-        unit.write_text(UNIT.format(source=source.resolve()))
-        units[unit.with_suffix(".o")] = unit
-
-    def compile_unit(item: tuple[Path, Path]) -> None:
-        target, unit = item
-        own = SANITIZERS[sanitizer]
-        if sanitizer == "thread" and target.name == "fibers.o":
-            own = ["-O1", "-g", "-DCUDA_SIM_TSAN"]  # what the scheduler itself touches is no race
-        subprocess.run([*compiler, *flags, *own, "-c", str(unit), "-o", str(target)], check=True)
-
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        list(pool.map(compile_unit, units.items()))
+        units.append(folder / f"{source.parent.name}.cpp")
+        units[-1].write_text(UNIT.format(source=source.resolve()))
     library = folder / "libcuda_sim.so"
-    torch_libraries = Path(torch.__file__).parent / "lib"
-    link = ["-shared", *SANITIZERS[sanitizer], "-o", str(library), *map(str, units)]
-    subprocess.run([*compiler, *link, f"-L{torch_libraries}", "-ltorch_cpu", "-ltorch", "-lc10"], check=True)
+    objects = _compile(folder, sanitizer, units)
+    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    subprocess.run([*_compiler(), *SANITIZERS[sanitizer], "-shared", "-o", str(library), *objects, *link], check=True)
     return library
+
+
+def build_planted(folder: Path, sanitizer: str) -> Path:
+    """Compiles planted.cpp into a program and returns its path."""
+    program = folder / "planted"
+    objects = _compile(folder, sanitizer, [HERE / "planted.cpp"])
+    subprocess.run([*_compiler(), *SANITIZERS[sanitizer], "-o", str(program), *objects], check=True)
+    return program
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ constexpr int kWarp = 32;
 struct Barrier {
   int members = 0, arrived = 0;
   uint64_t generation = 0;
+  char met[2] = {};  // for ThreadSanitizer, by turns: a thread may come here again before another one has left
 };
 
 struct Fiber {
@@ -82,15 +83,15 @@ void release(Barrier& barrier) {
 }
 
 void wait(Barrier& barrier) {
-#ifdef CUDA_SIM_TSAN
-  __tsan_release(&barrier);
-#endif
   const uint64_t generation = barrier.generation;
+#ifdef CUDA_SIM_TSAN
+  __tsan_release(&barrier.met[generation % 2]);
+#endif
   ++barrier.arrived;
   release(barrier);
   while (barrier.generation == generation) yield();
 #ifdef CUDA_SIM_TSAN
-  __tsan_acquire(&barrier);
+  __tsan_acquire(&barrier.met[generation % 2]);
 #endif
 }
 
@@ -173,11 +174,11 @@ void run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
       }
 #endif
       run_block(threads.x);
+#ifdef CUDA_SIM_TSAN
+      __tsan_acquire(&fibers);  // a block ends before the next one has the same shared memory
+#endif
     }
   }
-#ifdef CUDA_SIM_TSAN
-  __tsan_acquire(&fibers);
-#endif
 }
 
 }  // namespace cuda_sim

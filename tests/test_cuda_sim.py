@@ -1,0 +1,47 @@
+"""The CUDA kernels without a GPU: the simulator finds planted faults, and the kernels pass the ops' own tests in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "cuda_sim"))
+from build import CSRC, build, build_planted  # noqa: E402
+
+compiler = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which(os.environ.get("CXX", "c++").split()[0]),
+    reason="needs Linux and a C++ compiler",
+)
+
+
+@compiler
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_planted_faults_are_found(tmp_path, sanitizer):
+    program = build_planted(tmp_path, sanitizer)
+    found = {
+        "none": "",
+        "no first barrier": "data race" if sanitizer == "thread" else "",
+        "no second barrier": "data race" if sanitizer == "thread" else "",
+        "off by one": "heap-buffer-overflow" if sanitizer == "address" else "",
+        "misaligned": "misaligned address" if sanitizer == "address" else "",
+    }
+    for fault, message in found.items():
+        run = subprocess.run([program, fault], capture_output=True, text=True)
+        assert (run.returncode != 0) == bool(message) and message in run.stderr, (fault, run.stderr)
+
+
+@compiler
+def test_kernels_pass_the_tests_of_the_ops(tmp_path):
+    """Sanitizers and the other tests of the ops: .ci/cuda."""
+    library = build(tmp_path)
+    names = " or ".join(path.parent.name for path in CSRC.glob("*/cuda.cu"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_ops.py")]
+    select = f"({names} or temporal_cosine) and test_shapes"
+    environment = os.environ | {"TEMPOPS_CUDA_SIM": str(library)}
+    run = subprocess.run([*command, "-k", select], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "Overriding a previously registered kernel" in run.stdout + run.stderr  # so it was the CUDA kernels that ran
