@@ -39,7 +39,7 @@ def test_kernels_pass_the_tests_of_the_ops(tmp_path):
     """Sanitizers and the other tests of the ops: .ci/cuda."""
     library = build(tmp_path)
     names = " or ".join(path.parent.name for path in CSRC.glob("*/cuda.cu"))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "test_ops.py")]
+    command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", str(HERE / "test_ops.py")]
     select = f"({names} or temporal_cosine) and test_shapes"
     environment = os.environ | {"TEMPOPS_CUDA_SIM": str(library)}
     run = subprocess.run([*command, "-k", select], env=environment, capture_output=True, text=True)
