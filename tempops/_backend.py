@@ -67,9 +67,10 @@ def why_not(name: str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
-def _why_not_on_cuda(op: str) -> str | None:
-    """Why CUDA kernels cannot run an op; None where they can."""
+def why_not_on_cuda(op: str) -> str | None:
+    """Why no CUDA kernels run an op here; None where they do."""
     if _cuda_missing:
         return _cuda_missing
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"tempops::{op}", "CUDA"):
@@ -77,19 +78,10 @@ def _why_not_on_cuda(op: str) -> str | None:
     return None
 
 
-@functools.cache
-def _warn_of_eager(op: str, reason: str) -> None:
-    warnings.warn(f"tempops.{op} runs in eager PyTorch on this GPU: {reason}", stacklevel=2)
-
-
 @torch.compiler.assume_constant_result
-def _cuda_namespace(op: str) -> str | None:
-    """The namespace of the automatic choice on CUDA; eager says once that it is, and why."""
-    reason = _why_not_on_cuda(op)
-    if reason is None:
-        return "tempops"
-    _warn_of_eager(op, reason)
-    return None
+@functools.cache
+def _warn_of_eager(op: str) -> None:
+    warnings.warn(f"tempops.{op} runs in eager PyTorch on the GPU: {why_not_on_cuda(op)}", stacklevel=3)
 
 
 def _check(name: str, source: str) -> str:
@@ -129,15 +121,16 @@ def namespace(x: Tensor, op: str) -> str | None:
     chosen = _choice.name
     device = x.device.type
     if chosen is None:
-        if device == "cuda":
-            return _cuda_namespace(op)
-        return "tempops" if device in ("cpu", "meta") else None
+        if device == "cuda" and why_not_on_cuda(op):
+            _warn_of_eager(op)
+            return None
+        return "tempops" if device in ("cpu", "cuda", "meta") else None
     if chosen == "eager":
         return None
     if device not in (chosen, "meta"):
         raise RuntimeError(f"the back end {chosen!r} does not take {device} tensors")
-    if chosen == "cuda" and _cuda_namespace(op) is None:
-        raise RuntimeError(f"the back end 'cuda' is not available: this version of tempops has no CUDA kernels of {op}")
+    if chosen == "cuda" and why_not_on_cuda(op):
+        raise RuntimeError(f"the back end 'cuda' is not available: {why_not_on_cuda(op)}")
     return "tempops"
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import onnxruntime
 import pytest
@@ -12,8 +13,10 @@ import torch
 from cases import CASES
 from inputs import BASE, as_tuple, layouts, make
 from test_ops import Recorder
+from torch._subclasses import FakeTensorMode
 
 import tempops
+from tempops import _backend
 
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess:
@@ -69,6 +72,17 @@ def test_eager_never_passes_through_torch_ops():
             outs = as_tuple(case.call(x, n_segment, *others))
             torch.autograd.grad(outs[0].sum(), (x, *others))
         assert not recorder.calls, case
+
+
+@pytest.mark.skipif(_backend.why_not_on_cuda("temporal_shift") is None, reason="there are CUDA kernels")
+def test_eager_on_a_gpu_says_so_once():
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = torch.empty(8, 16, 5, 5, device="cuda")
+        assert _backend.namespace(x, "temporal_shift") is _backend.namespace(x, "temporal_shift") is None
+    assert [str(w.message) for w in caught if "eager PyTorch on the GPU" in str(w.message)] == [
+        f"tempops.temporal_shift runs in eager PyTorch on the GPU: {_backend.why_not_on_cuda('temporal_shift')}"
+    ]
 
 
 def test_compile_follows_the_choice():

@@ -22,7 +22,7 @@ def entry(case) -> str:
 
 
 cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if _backend._why_not_on_cuda(entry(case)) is None], ids=str
+    "case", [case for case in CASES if _backend.why_not_on_cuda(entry(case)) is None], ids=str
 )
 
 
