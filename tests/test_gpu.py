@@ -31,6 +31,11 @@ def on_gpu(case, shape=BASE, layout=None, dtype=torch.float32):
         return make(case, shape, layout or layouts(case)[0], dtype)
 
 
+def test_the_back_end_is_there():
+    """Or there would be no cases below, and every test skipped on a machine that has a GPU."""
+    assert _backend.why_not("cuda") is None
+
+
 @cases
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(case, shape):
