@@ -152,6 +152,7 @@ inline Clip clips(const Tensor& x, Segments n_segment, const char* name = "x", c
   const int64_t T = detail::frames_of(x, n_segment, name);
   if (like) {
     TEMPOPS_CHECK(x.scalar_type() == like->dtype, name, " must have x's dtype");
+    TEMPOPS_CHECK(x.device() == like->tensor.device(), name, " must be on x's device");
     TEMPOPS_CHECK(x.dim() == like->rank, name, " must have x's rank");
   }
   const bool channels_last = like ? like->channels_last : is_channels_last(x);

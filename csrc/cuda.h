@@ -11,7 +11,8 @@
 
 namespace tempops {
 
-constexpr int kThreads = 256;     // of a block
+constexpr int kThreads = 256;  // of a block
+constexpr int kWarp = 32;
 constexpr int kWidestBytes = 16;  // of one load or store
 
 // Makes the device of x current, and afterwards the one that was.
@@ -80,6 +81,33 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
+// Whether accesses of V elements may be used in a tensor: it begins at a multiple of them, and frames, runs (`pitch`
+// apart) and what is in a run (`length` elements) are multiples too.
+inline bool whole_packs(const Clip& x, int64_t V, int64_t pitch, int64_t length) {
+  const auto whole = [&](int64_t elements) { return elements % V == 0; };
+  return reinterpret_cast<uintptr_t>(x.address) % (V * x.tensor.element_size()) == 0 && (x.N <= 1 || whole(x.sn)) &&
+         (x.T <= 1 || whole(x.st)) && whole(pitch) && whole(length);
+}
+// The same for runs along the layout: a channel's `length` adjacent pixels (planar), a pixel's channels
+// (channels_last).
+inline bool whole_packs(const Clip& x, int64_t V, int64_t length) {
+  return whole_packs(x, V, x.channels_last ? x.sp : x.sc, x.channels_last ? x.C : length);
+}
+
+// A tensor of clips by strides: element (n, t, c, p); `row` is from a row of pixels to the next.
+template <class scalar>
+struct Elements {
+  scalar* data;
+  int64_t sn, st, sc, sp, row;
+
+  explicit Elements(const Clip& x)
+      : data(x.data<std::remove_const_t<scalar>>()), sn(x.sn), st(x.st), sc(x.sc), sp(x.sp), row(x.W * x.sp) {}
+
+  __device__ scalar* at(int64_t n, int64_t t, int64_t c, int64_t p) const {
+    return data + n * sn + t * st + c * sc + p * sp;
+  }
+};
+
 // A tensor of clips as a kernel reads and writes it: run r of frame t of clip n begins at data + n*sn + t*st + r*pitch.
 template <class scalar>
 struct Runs {
@@ -121,14 +149,10 @@ struct Frame {
   // of that and has a multiple of that, else one.
   template <class... Clips>
   int width(const Clips&... clips) const {
-    const auto wide = [&](const Clip& x) {
-      const int64_t size = x.tensor.element_size(), V = kWidestBytes / size;
-      const int64_t pitch = runs == 1 ? 0 : channels_last ? x.sp : x.sc;
-      return reinterpret_cast<uintptr_t>(x.address) % kWidestBytes == 0 && (x.N <= 1 || x.sn % V == 0) &&
-             (x.T <= 1 || x.st % V == 0) && pitch % V == 0 && length % V == 0;
-    };
     const Clip* first[] = {&clips...};
-    return (wide(clips) && ...) ? kWidestBytes / first[0]->tensor.element_size() : 1;
+    const int V = kWidestBytes / first[0]->tensor.element_size();
+    const auto pitch = [&](const Clip& x) { return runs == 1 ? 0 : channels_last ? x.sp : x.sc; };
+    return (whole_packs(clips, V, pitch(clips), length) && ...) ? V : 1;
   }
   // Blocks of threads that each take V elements of a frame.
   int64_t blocks(int V) const {

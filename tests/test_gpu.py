@@ -90,3 +90,11 @@ def test_more_than_2_31_elements():
     x[-1, 0], x[-2, 1] = 1, 2
     y = tempops.temporal_shift(x, t, 32)
     assert (y[-2, 0] == 1).all() and (y[-1, 1] == 2).all() and not y[-1, 0].any() and not y[-2, 1].any()
+
+
+def test_two_devices_raise():
+    x = torch.randn(8, 4, 3, 3, device="cuda")
+    with pytest.raises(ValueError, match="forward must be on x's device"):
+        tempops.motion_attention(x, x.cpu(), x)
+    with pytest.raises(RuntimeError, match="forward must be on x's device"):
+        torch.ops.tempops.motion_attention(x, x.cpu(), x)

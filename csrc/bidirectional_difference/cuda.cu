@@ -13,7 +13,6 @@ namespace tempops {
 namespace {
 
 constexpr int kTaps = 9;
-constexpr int kWarp = 32;
 constexpr int kSector = 32;              // bytes that memory moves at least
 constexpr int64_t kEnoughBlocks = 2048;  // more than that would only be more partial sums of the weight's gradient
 
@@ -77,12 +76,12 @@ struct Spot {
 
 // A tensor of clips. Where an element is within a frame takes 32 bits: a window has nine such places.
 template <class scalar>
-struct Elements {
+struct Places {
   scalar* data;
   int64_t sn, st;
   uint32_t sc, sp, row;
 
-  explicit Elements(const Clip& x)
+  explicit Places(const Clip& x)
       : data(x.data<std::remove_const_t<scalar>>()), sn(x.sn), st(x.st), sc(static_cast<uint32_t>(x.sc)),
         sp(static_cast<uint32_t>(x.sp)), row(static_cast<uint32_t>(x.W * x.sp)) {
     TEMPOPS_CHECK((x.C - 1) * x.sc + (x.P - 1) * x.sp <= 0xffffffff, "frames across 2^32 elements are not supported");
@@ -112,8 +111,8 @@ __device__ void load_taps(acc_t<scalar> (&taps)[kTaps][V], const scalar* weight,
 
 template <class scalar, int V>
 __global__ void __launch_bounds__(kThreads)
-    difference_kernel(Elements<scalar> forward, Elements<scalar> backward, Elements<const scalar> x,
-                      const scalar* weight, Tiles tiles, acc_t<scalar> sign) {
+    difference_kernel(Places<scalar> forward, Places<scalar> backward, Places<const scalar> x, const scalar* weight,
+                      Tiles tiles, acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
   using Values = Pack<scalar, V>;
   const Spot<V> spot(tiles);
@@ -182,9 +181,8 @@ __device__ void add_pixels(acc (&sums)[kTaps][V], int m, int pixels, int step) {
 // have the same strides within a frame, so that one set of places does for both.
 template <class scalar, int V>
 __global__ void __launch_bounds__(kThreads, 2)
-    backward_kernel(Elements<scalar> dx, double* partials, Elements<const scalar> forward,
-                    Elements<const scalar> backward, Elements<const scalar> x, const scalar* weight, Tiles tiles,
-                    acc_t<scalar> sign) {
+    backward_kernel(Places<scalar> dx, double* partials, Places<const scalar> forward, Places<const scalar> backward,
+                    Places<const scalar> x, const scalar* weight, Tiles tiles, acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
   using Values = Pack<scalar, V>;
   const Spot<V> spot(tiles);
@@ -270,8 +268,8 @@ std::tuple<Tensor, Tensor> bidirectional_difference(const Tensor& x_, const Tens
   by_channels<kForward>([&](auto* type, auto V) {
     using scalar = std::remove_pointer_t<decltype(type)>;
     const Tiles tiles(x, V);
-    launch(guard, difference_kernel<scalar, V>, {tiles.blocks(), x.N}, Elements<scalar>(forward),
-           Elements<scalar>(backward), Elements<const scalar>(x), static_cast<const scalar*>(weight.data_ptr()), tiles,
+    launch(guard, difference_kernel<scalar, V>, {tiles.blocks(), x.N}, Places<scalar>(forward),
+           Places<scalar>(backward), Places<const scalar>(x), static_cast<const scalar*>(weight.data_ptr()), tiles,
            neighbor_first ? -1 : 1);
   }, x, forward, backward);
   return {forward.tensor, backward.tensor};
@@ -312,11 +310,11 @@ std::tuple<Tensor, Tensor> bidirectional_difference_backward(const Tensor& grad_
         scratch = torch::stable::empty({x.C, kTaps, parts}, ScalarType::Double, std::nullopt, x.tensor.device());
         partials = static_cast<double*>(scratch->data_ptr());
       }
-      Elements<scalar> of_x(dx ? *dx : x);
+      Places<scalar> of_x(dx ? *dx : x);
       if (!dx) of_x.data = nullptr;
-      launch(guard, backward_kernel<scalar, V>, {tiles.blocks(), groups}, of_x, partials,
-             Elements<const scalar>(forward), Elements<const scalar>(backward), Elements<const scalar>(x),
-             static_cast<const scalar*>(weight.data_ptr()), tiles, sign);
+      launch(guard, backward_kernel<scalar, V>, {tiles.blocks(), groups}, of_x, partials, Places<const scalar>(forward),
+             Places<const scalar>(backward), Places<const scalar>(x), static_cast<const scalar*>(weight.data_ptr()),
+             tiles, sign);
     }
     if (!need_weight) return;
     launch(guard, weight_kernel<scalar>, {blocks_for(x.C * kTaps * kWarp)}, static_cast<scalar*>(dweight.data_ptr()),

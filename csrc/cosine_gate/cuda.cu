@@ -14,7 +14,7 @@
 namespace tempops {
 namespace {
 
-constexpr int kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowBytes = 128;    // of a channel in a tile, planar
 constexpr int64_t kBlocks = 528;  // clips are cut into segments of frames until there are that many
 
@@ -296,13 +296,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Whether all rows (planar: of a channel's pixels, channels_last: of a pixel's channels) are whole items of V elements.
-bool wide(const Clip& x, int V) {
-  return reinterpret_cast<uintptr_t>(x.address) % (V * x.tensor.element_size()) == 0 && (x.N <= 1 || x.sn % V == 0) &&
-         (x.T <= 1 || x.st % V == 0) && (x.channels_last ? x.sp : x.sc) % V == 0 &&
-         (x.channels_last ? x.C : x.P) % V == 0;
-}
-
 // Calls f with a pointer of the element type, the elements of an item, and the pixels that they belong to: at most
 // four, whose sums fit in registers.
 template <class... Clips, class F>
@@ -314,7 +307,7 @@ void by_item(const F& f, const Clip& x, const Clips&... others) {
     constexpr std::integral_constant<int, kWide> channels;
     constexpr std::integral_constant<int, (kWide < 4 ? kWide : 4)> pixels;
     const int V = x.channels_last ? channels : pixels;
-    if (!(wide(x, V) && (wide(others, V) && ...))) return f(type, one, one);
+    if (!(whole_packs(x, V, x.P) && (whole_packs(others, V, others.P) && ...))) return f(type, one, one);
     x.channels_last ? f(type, channels, one) : f(type, pixels, pixels);
   });
 }

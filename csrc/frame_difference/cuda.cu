@@ -128,14 +128,6 @@ void check_size(const Clip& x) {
                 "maps of more than 2^32 elements, or of more than 2^32 rows, are not supported");
 }
 
-template <class scalar>
-bool wide(const Clip& x, int64_t run) {
-  constexpr int64_t V = kWidestBytes / sizeof(scalar);
-  const int64_t pitch = x.channels_last ? x.sp : x.sc;
-  return reinterpret_cast<uintptr_t>(x.address) % kWidestBytes == 0 && (x.N <= 1 || x.sn % V == 0) && pitch % V == 0 &&
-         run % V == 0;
-}
-
 Tensor frame_difference(const Tensor& x_, int64_t n_frames, int64_t pool) {
   check(n_frames, pool);
   const DeviceGuard guard(x_);
@@ -149,7 +141,7 @@ Tensor frame_difference(const Tensor& x_, int64_t n_frames, int64_t pool) {
     constexpr int kWide = kWidestBytes / sizeof(scalar);
     const Maps<scalar> out(y);
     const Maps<const scalar> source(x);
-    if (pool == 2 && !x.channels_last && wide<scalar>(x, x.W)) {
+    if (pool == 2 && !x.channels_last && whole_packs(x, kWide, x.sc, x.W)) {
       const int64_t blocks = blocks_for(f.C * f.height * (x.W / kWide));
       return launch(guard, difference_rows_kernel<scalar, kWide>, {blocks, x.N}, out, source, f, x.N, x.W);
     }
@@ -158,7 +150,7 @@ Tensor frame_difference(const Tensor& x_, int64_t n_frames, int64_t pool) {
     };
     if (pool != 2)
       launch(guard, difference_kernel<scalar, 1, 0>, results(1), out, source, f, x.N, x.W, x.channels_last);
-    else if (x.channels_last && wide<scalar>(x, f.C))
+    else if (x.channels_last && whole_packs(x, kWide, x.sp, f.C))
       launch(guard, difference_kernel<scalar, kWide, 2>, results(kWide), out, source, f, x.N, x.W, x.channels_last);
     else
       launch(guard, difference_kernel<scalar, 1, 2>, results(1), out, source, f, x.N, x.W, x.channels_last);

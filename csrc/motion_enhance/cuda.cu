@@ -17,20 +17,6 @@ namespace {
 
 constexpr int kRows = 4;
 
-// Element (n, t, c, p) of a tensor of clips.
-template <class scalar>
-struct Elements {
-  scalar* data;
-  int64_t sn, st, sc, sp, row;
-
-  explicit Elements(const Clip& x)
-      : data(x.data<std::remove_const_t<scalar>>()), sn(x.sn), st(x.st), sc(x.sc), sp(x.sp), row(x.sp * x.W) {}
-
-  __device__ scalar* at(int64_t n, int64_t t, int64_t c, int64_t p) const {
-    return data + n * sn + t * st + c * sc + p * sp;
-  }
-};
-
 struct Shape {
   int64_t N, T, C;
   int H, W;
@@ -421,14 +407,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <class scalar, int kChannels, class F, class... Clips>
 void by_pack(const F& f, const Clip& x, const Clips&... others) {
   constexpr int kPixels = std::min<int>(4, kWidestBytes / sizeof(scalar));
-  const auto whole = [&](const Clip& clip, int V) {
-    const auto fits = [&](int64_t elements) { return elements % V == 0; };
-    return reinterpret_cast<uintptr_t>(clip.address) % (V * sizeof(scalar)) == 0 && (clip.N <= 1 || fits(clip.sn)) &&
-           (clip.T <= 1 || fits(clip.st)) && fits(clip.channels_last ? clip.sp : clip.sc) &&
-           fits(clip.channels_last ? clip.C : clip.W);
-  };
   const int V = x.channels_last ? kChannels : kPixels;
-  if (!(whole(x, V) && ... && whole(others, V)))
+  if (!(whole_packs(x, V, x.W) && ... && whole_packs(others, V, x.W)))
     f(std::integral_constant<int, 1>(), std::false_type());
   else if (x.channels_last)
     f(std::integral_constant<int, kChannels>(), std::false_type());

@@ -320,6 +320,7 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, co
                                                           int64_t fold_div, const std::string& mode, bool channels_last,
                                                           bool need_bias) {
   Clip like{};
+  like.tensor = grad;
   like.dtype = grad.scalar_type();
   like.rank = grad.dim();
   like.channels_last = channels_last;

@@ -136,19 +136,6 @@ struct Cut {
   }
 };
 
-// A tensor of clips by strides: element (n, t, c, p).
-template <class scalar>
-struct Elements {
-  scalar* data;
-  int64_t sn, st, sc, sp;
-
-  explicit Elements(const Clip& x)
-      : data(x.data<std::remove_const_t<scalar>>()), sn(x.sn), st(x.st), sc(x.sc), sp(x.sp) {}
-  __device__ scalar* at(int64_t n, int64_t t, int64_t c, int64_t p) const {
-    return data + n * sn + t * st + c * sc + p * sp;
-  }
-};
-
 // Partial sums [slots, chunks, K, C] of q. A slot is a frame where there is a gate, a clip where each has its own
 // kernel, and else what one row of the grid adds up.
 enum class Slot { frame, clip, row };
@@ -241,8 +228,6 @@ __global__ void __launch_bounds__(kThreads)
   if (slot == Slot::row) write(total, blockIdx.y);
 }
 
-constexpr int kWarp = 32;
-
 // dweight, of `kernels` times K elements: a warp adds up each one, the lanes in a fixed order.
 template <class scalar>
 __global__ void __launch_bounds__(kThreads)
@@ -317,11 +302,7 @@ template <class scalar>
 void backward(const DeviceGuard& guard, const Clip* dx, const Tensor* dweight, const Tensor* dgate, const Clip& dy,
               const Clip& x, const Coefficients<scalar>& w) {
   constexpr int kWide = kBackwardWidth<scalar>;
-  const auto wide = [](const Clip& clip) {
-    return reinterpret_cast<uintptr_t>(clip.address) % (sizeof(scalar) * kWide) == 0 && clip.sn % kWide == 0 &&
-           clip.st % kWide == 0 &&
-           (clip.channels_last ? clip.C % kWide + clip.sp % kWide : clip.P % kWide + clip.sc % kWide) == 0;
-  };
+  const auto wide = [](const Clip& clip) { return whole_packs(clip, kWide, clip.P); };
   const bool by_one = !(wide(dy) && wide(x) && (!dx || wide(*dx)));
   const Cut cut(x, by_one ? 1 : kWide);
   const Slot slot = w.gate ? Slot::frame : w.per_clip ? Slot::clip : Slot::row;
