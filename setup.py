@@ -84,10 +84,12 @@ def cuda_architectures() -> list[str]:
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not asked and torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        asked = [f"{major}.{minor}" for major, minor in sorted(found)]
+        asked = [f"{major}.{minor}" for major, minor in sorted(found) if major >= 8]
     for architecture in asked:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture):
             sys.exit(f"TORCH_CUDA_ARCH_LIST must be compute capabilities as in '8.0;9.0+PTX', got {architecture!r}")
+        if float(architecture.rstrip("af+PTX")) < 8:
+            sys.exit(f"tempops' CUDA kernels need compute capability 8.0 or newer, not {architecture}")
     return asked or ["8.0", "9.0+PTX"]
 
 

@@ -20,6 +20,7 @@ SHAPES = (
     Shape(3, 2, 24, 1, 1),  # one pixel
     Shape(1, 3, 20, 37, 41),  # planes past one tile, nothing a multiple of anything
     Shape(1, 2, 1100, 2, 3),  # more channels than one tile
+    Shape(1, 3, 192, 8, 9),  # whole 16-byte accesses everywhere, several tiles
     Shape(0, 4, 8, 3, 3),  # no clips
 )
 

@@ -39,6 +39,8 @@ def test_planted_faults_are_found(tmp_path, sanitizer):
         "no second barrier": "data race" if sanitizer == "thread" else "",
         "off by one": "heap-buffer-overflow" if sanitizer == "address" else "",
         "misaligned": "misaligned address" if sanitizer == "address" else "",
+        "no wait": "wrong result" if sanitizer == "address" else "",
+        "misaligned copy": "misaligned address of an asynchronous copy",
     }
     for fault, message in found.items():
         run = subprocess.run([program, fault], capture_output=True, text=True)

@@ -319,6 +319,31 @@ def test_the_forward_chooses_the_back_end_of_every_derivative(case):
 
 
 @cases
+def test_transforms(case):
+    """Forward-mode derivatives and torch.func: no tangent is lost, whatever back end would run."""
+    x, n_segment, *others = make(case, SMALL, layouts(case)[0])
+    others = [other.detach() for other in others]
+
+    def call(x):
+        return as_tuple(case.call(x, n_segment, *others))
+
+    x, direction = x.detach(), torch.randn_like(x)
+    with tempops.backend("eager"):
+        expected = torch.autograd.functional.jvp(call, x, direction)[1]
+    tangents = torch.func.jvp(call, (x,), (direction,))[1]
+    with torch.autograd.forward_ad.dual_level():
+        dual = call(torch.autograd.forward_ad.make_dual(x, direction))
+        tangents += tuple(torch.autograd.forward_ad.unpack_dual(out).tangent for out in dual)
+    torch.testing.assert_close(tangents, (*expected, *expected))
+
+    for one, both in zip(call(x), torch.vmap(call)(torch.stack([direction, x]))):
+        torch.testing.assert_close(both[1], one)
+    gradient = torch.func.grad(lambda x: sum(out.square().sum() for out in call(x)))(x)
+    x.requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(sum(out.square().sum() for out in call(x)), x)[0])
+
+
+@cases
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_compile(case, layout):
     if layout not in layouts(case):

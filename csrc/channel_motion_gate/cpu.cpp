@@ -1,7 +1,7 @@
 // channel_motion_gate on the CPU. A clip is a few frames, so each product with a weight streams that weight once past
 // all frames; what lies between the products is one loop over the clips.
-#include "../aten.h"
 #include "../gemm.h"
+#include "gate.h"
 
 namespace tempops {
 namespace {
@@ -49,8 +49,6 @@ void mix(acc* mixed, const acc* z, const acc* k, int64_t N, int64_t T, int64_t R
   });
 }
 
-// dz and dk from the gradient of `mixed`: dz = dmixed + mixing^T dmixed, and through the softmax
-// dmixing_tj = dmixed_t.z_j, ds_tj = mixing_tj (dmixing_tj - sum_i mixing_ti dmixing_ti), dk = -(ds + ds^T) k.
 template <class acc>
 void mix_backward(acc* dz, acc* dk, const acc* dmixed, const acc* z, const acc* k, int64_t N, int64_t T, int64_t R) {
   parallel(N, 5 * T * T * R, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
@@ -80,40 +78,6 @@ void mix_backward(acc* dz, acc* dk, const acc* dmixed, const acc* z, const acc* 
   });
 }
 
-// The op's arguments, dense and in the type they are computed in.
-struct Gate {
-  Tensor pooled, w1, w2, w3;
-  ScalarType dtype;
-  int64_t frames, T, C, R;
-};
-
-Tensor widened(const Tensor& x, const Tensor& like, const char* name) {
-  const Tensor dense = dense_argument(x, like, name);
-  const bool half = x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16;
-  return half ? torch::stable::to(dense, ScalarType::Float) : dense;
-}
-
-Gate gate_of(const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Tensor& w3, int64_t n_segment) {
-  TEMPOPS_CHECK(is_supported(pooled.scalar_type()), "pooled must be float32, float16, bfloat16 or float64");
-  TEMPOPS_CHECK(pooled.dim() == 2, "pooled must be [N*T, C], got ", pooled.dim(), "-D");
-  TEMPOPS_CHECK(n_segment >= 1, "n_segment must be at least 1, got ", n_segment);
-  const int64_t frames = pooled.size(0), C = pooled.size(1);
-  TEMPOPS_CHECK(frames % n_segment == 0, "n_segment=", n_segment, " does not divide ", frames, " frames");
-  TEMPOPS_CHECK(w1.dim() == 2 && w1.size(1) == C, "w1 must be [C/r, C] with C = ", C);
-  const int64_t R = w1.size(0);
-  TEMPOPS_CHECK(w2.dim() == 2 && w2.size(0) == R && w2.size(1) == C, "w2 must be [", R, ", ", C, "] as w1 is");
-  TEMPOPS_CHECK(w3.dim() == 2 && w3.size(0) == C && w3.size(1) == R, "w3 must be [", C, ", ", R, "]");
-  return {widened(pooled, pooled, "pooled"),
-          widened(w1, pooled, "w1"),
-          widened(w2, pooled, "w2"),
-          widened(w3, pooled, "w3"),
-          pooled.scalar_type(),
-          frames,
-          n_segment,
-          C,
-          R};
-}
-
 template <class F>
 void by_accumulator(ScalarType dtype, const F& f) {
   dtype == ScalarType::Double ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
@@ -124,7 +88,9 @@ acc* data(const Tensor& x) {
   return static_cast<acc*>(x.data_ptr());
 }
 
-// x W^T for x [frames, K] and W [M, K]. A row of weights meets all frames at once, so x is turned first: it is small.
+}  // namespace
+
+// A row of weights meets all frames at once, so x is turned first: it is small.
 Tensor linear(const Tensor& x, const Tensor& weight) {
   const int64_t frames = x.size(0), K = x.size(1), M = weight.size(0);
   const Tensor out = torch::stable::new_empty(x, std::array<int64_t, 2>{frames, M});
@@ -139,7 +105,6 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   return out;
 }
 
-// a^T b for a [frames, M] and b [frames, N].
 Tensor over_frames(const Tensor& a, const Tensor& b) {
   const int64_t frames = a.size(0), M = a.size(1), N = b.size(1);
   const Tensor out = torch::stable::new_empty(a, std::array<int64_t, 2>{M, N});
@@ -150,8 +115,7 @@ Tensor over_frames(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-// x W for x [frames, K] and W [K, N], added to `to` where that is given.
-Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to = nullptr) {
+Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to) {
   const int64_t frames = x.size(0), K = x.size(1), N = weight.size(1);
   const Tensor out = to ? *to : torch::stable::new_empty(x, std::array<int64_t, 2>{frames, N});
   by_accumulator(x.scalar_type(), [&](auto* type) {
@@ -161,62 +125,24 @@ Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to = nullptr) 
   return out;
 }
 
-Tensor rounded(const Tensor& x, const Gate& g) {
-  return x.scalar_type() == g.dtype ? x : torch::stable::to(x, g.dtype);
-}
-
-Tensor mixed(const Gate& g, const Tensor& z, const Tensor& k) {
+Tensor mixed(const Tensor& z, const Tensor& k, int64_t T) {
   Tensor out = torch::stable::empty_like(z);
-  by_accumulator(g.dtype, [&](auto* type) {
+  by_accumulator(z.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
-    mix(data<acc>(out), data<acc>(z), data<acc>(k), g.frames / g.T, g.T, g.R);
+    mix(data<acc>(out), data<acc>(z), data<acc>(k), z.size(0) / T, T, z.size(1));
   });
   return out;
 }
 
-Tensor channel_motion_gate(const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Tensor& w3,
-                           int64_t n_segment) {
-  const Gate g = gate_of(pooled, w1, w2, w3, n_segment);
-  const Tensor logits = linear(mixed(g, linear(g.pooled, g.w1), linear(g.pooled, g.w2)), g.w3);
-  return rounded(aten("aten::sigmoid_", "", logits), g);
+std::array<Tensor, 2> mixed_backward(const Tensor& dmixed, const Tensor& z, const Tensor& k, int64_t T) {
+  Tensor dz = torch::stable::empty_like(z), dk = torch::stable::empty_like(k);
+  by_accumulator(z.scalar_type(), [&](auto* type) {
+    using acc = std::remove_pointer_t<decltype(type)>;
+    mix_backward(data<acc>(dz), data<acc>(dk), data<acc>(dmixed), data<acc>(z), data<acc>(k), z.size(0) / T, T,
+                 z.size(1));
+  });
+  return {dz, dk};
 }
-
-// z, k and what they are mixed to are computed again: the forward keeps nothing but its result.
-std::tuple<Tensor, Tensor, Tensor, Tensor> channel_motion_gate_backward(const Tensor& grad, const Tensor& pooled,
-                                                                        const Tensor& w1, const Tensor& w2,
-                                                                        const Tensor& w3, const Tensor& output,
-                                                                        int64_t n_segment, bool need_pooled,
-                                                                        bool need_w1, bool need_w2, bool need_w3) {
-  const Gate g = gate_of(pooled, w1, w2, w3, n_segment);
-  for (const Tensor* x : {&grad, &output})
-    TEMPOPS_CHECK(x->dim() == 2 && x->size(0) == g.frames && x->size(1) == g.C, "grad and output must be [", g.frames,
-                  ", ", g.C, "] as pooled is");
-  const Tensor z = linear(g.pooled, g.w1), k = linear(g.pooled, g.w2);
-  // A result rounded to half the bits says too little of its slope a (1 - a).
-  const bool exact = output.scalar_type() == z.scalar_type();
-  const Tensor gate =
-      exact ? dense_argument(output, pooled, "output") : aten("aten::sigmoid_", "", linear(mixed(g, z, k), g.w3));
-  const Tensor dlogits = aten("aten::sigmoid_backward", "", widened(grad, pooled, "grad"), gate);
-  Tensor dpooled = no_gradient(pooled), dw1 = no_gradient(w1), dw2 = no_gradient(w2), dw3 = no_gradient(w3);
-  if (need_w3) dw3 = rounded(over_frames(dlogits, mixed(g, z, k)), g);
-  if (need_pooled || need_w1 || need_w2) {
-    const Tensor dmixed = times(dlogits, g.w3), dz = torch::stable::empty_like(z), dk = torch::stable::empty_like(k);
-    by_accumulator(g.dtype, [&](auto* type) {
-      using acc = std::remove_pointer_t<decltype(type)>;
-      mix_backward(data<acc>(dz), data<acc>(dk), data<acc>(dmixed), data<acc>(z), data<acc>(k), g.frames / g.T, g.T,
-                   g.R);
-    });
-    if (need_w1) dw1 = rounded(over_frames(dz, g.pooled), g);
-    if (need_w2) dw2 = rounded(over_frames(dk, g.pooled), g);
-    if (need_pooled) {
-      const Tensor through_z = times(dz, g.w1);
-      dpooled = rounded(times(dk, g.w2, &through_z), g);
-    }
-  }
-  return {dpooled, dw1, dw2, dw3};
-}
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tempops, m) {
   m.def("channel_motion_gate(Tensor pooled, Tensor w1, Tensor w2, Tensor w3, int n_segment) -> Tensor");

@@ -2,9 +2,8 @@
 // written. float16 and bfloat16 run the shift, then ATen's convolution, which has instructions for them.
 #include <limits>
 
-#include "../aten.h"
 #include "../gemm.h"
-#include "../temporal_shift/cpu.h"
+#include "convolution.h"
 
 namespace tempops {
 namespace {
@@ -225,7 +224,7 @@ void convolve(const Clip& y, const Clip& x, const Weight<scalar>& weight, const 
 // holds the weights. Half types and processors without wide registers are left to ATen.
 bool is_fused(const Clip& x, int64_t Cout) {
   const bool half = x.dtype == ScalarType::Half || x.dtype == ScalarType::BFloat16;
-  return !half && isa() != Isa::baseline && x.C * Cout <= (1 << 18) && x.C > 0;
+  return !half && isa() != Isa::baseline && x.C * Cout <= (1 << 18);
 }
 
 // y = W shift(x) + bias, clamped. `transposed` reads weight [C, Cout] as its transpose.
@@ -247,132 +246,29 @@ void convolve(const Clip& y, const Clip& x, const Tensor& weight, const std::opt
   x.dtype == ScalarType::Double ? typed(static_cast<double*>(nullptr)) : typed(static_cast<float*>(nullptr));
 }
 
-// What ATen made of `x`, as clips with C channels. It chooses the strides of sides of 1 by rules of its own.
-Clip in_layout_of(const Clip& x, const Tensor& out, int64_t C) {
-  const int64_t T = x.T, H = x.H, W = x.W, P = x.P;
-  std::vector<int64_t> sizes{x.N * T, C, H, W}, strides{C * P, P, W, 1};
-  if (x.channels_last) strides = {C * P, 1, W * C, C};
-  if (x.rank == 5) {
-    sizes = {x.N, C, T, H, W};
-    strides = x.channels_last ? std::vector<int64_t>{T * C * P, 1, C * P, W * C, C}
-                              : std::vector<int64_t>{C * T * P, T * P, P, W, 1};
-  }
-  const Tensor dense = torch::stable::contiguous(out, memory_format(x.rank, x.channels_last));
-  return detail::view(aten("aten::as_strided", "", dense, sizes, strides, std::optional<int64_t>()), T,
-                      x.channels_last);
+Tensor shift_conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Segments n_segment,
+                     int64_t fold_div, const std::string& mode, const std::optional<std::string>& activation, bool) {
+  const Convolution c(x, weight, bias, n_segment, fold_div, mode, activation);
+  if (!is_fused(c.x, c.Cout)) return by_aten(c);
+  const Clip y = c.empty_result();
+  if (!y.empty()) convolve(y, c.x, c.weight, c.bias, c.relu, c.shift);
+  return y.tensor;
 }
 
-// A 1x1 convolution's geometry, in the order of ATen's arguments.
-struct Geometry {
-  std::vector<int64_t> one, none;
-
-  explicit Geometry(int64_t rank) : one(rank - 2, 1), none(rank - 2, 0) {}
-};
-
-int64_t channels_of(const Tensor& x) {
-  TEMPOPS_CHECK(x.dim() >= 2, "x must be [N*T, C, H, W] and weight [Cout, C, 1, 1]");
-  return x.size(1);
-}
-
-std::vector<int64_t> weight_sizes(int64_t Cout, int64_t C, int64_t rank) {
-  std::vector<int64_t> sizes(rank, 1);
-  sizes[0] = Cout;
-  sizes[1] = C;
-  return sizes;
-}
-
-// The weight as [Cout, C, 1, 1], with one more 1 for clips of rank 5.
-Tensor read_weight(const Tensor& weight, const Tensor& like, int64_t Cout, int64_t C) {
-  TEMPOPS_CHECK(C >= 1, "x must have at least 1 channel");
-  TEMPOPS_CHECK(weight.dim() >= 2 && weight.size(0) == Cout && weight.size(1) == C && weight.numel() == Cout * C,
-                "weight must be [Cout, C, 1, 1] with C = ", C);
-  return torch::stable::view(dense_argument(weight, like, "weight"), weight_sizes(Cout, C, like.dim()));
-}
-
-Tensor shift_conv1x1(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_, Segments n_segment,
-                     int64_t fold_div, const std::string& mode, const std::optional<std::string>& activation) {
-  const Clip x = clips(x_, n_segment);
-  const Shift shift = shift_of(x.C, fold_div, mode);
-  TEMPOPS_CHECK(weight_.dim() >= 1, "weight must be [Cout, C, 1, 1] with C = ", x.C);
-  const int64_t Cout = weight_.size(0);
-  const Tensor weight = read_weight(weight_, x_, Cout, x.C);
-  TEMPOPS_CHECK(!activation || *activation == "relu", "activation must be None or 'relu', got '", *activation, "'");
-  std::optional<Tensor> bias;
-  if (bias_) {
-    bias = dense_argument(*bias_, x_, "bias");
-    TEMPOPS_CHECK(bias->dim() == 1 && bias->size(0) == Cout, "bias must be [", Cout, "]");
-  }
-  if (x.empty() || Cout == 0 || is_fused(x, Cout)) {
-    const Clip y = empty_clips(x, x.T, Cout, x.H, x.W);
-    if (!y.empty()) convolve(y, x, weight, bias, activation.has_value(), shift);
-    return y.tensor;
-  }
-  const Geometry g(x.rank);
-  const Tensor out =
-      aten("aten::convolution", "", shifted(x, shift), weight, bias, g.one, g.none, g.one, false, g.none, int64_t(1));
-  return in_layout_of(x, activation ? aten("aten::relu_", "", out) : out, Cout).tensor;
-}
-
-// The transposes: dx = shift^T(W^T dy) where `weight` is given, dweight [Cout, C] = dy shift(x)^T where `x` is given,
-// and dbias, the sum of dy over clips, frames and pixels. `channels_last` is x's layout.
-std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, const std::optional<Tensor>& x_,
-                                                          const std::optional<Tensor>& weight_, Segments n_segment,
+std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, const std::optional<Tensor>& x,
+                                                          const std::optional<Tensor>& weight, Segments n_segment,
                                                           int64_t fold_div, const std::string& mode, bool channels_last,
-                                                          bool need_bias) {
-  Clip like{};
-  like.tensor = grad;
-  like.dtype = grad.scalar_type();
-  like.rank = grad.dim();
-  like.channels_last = channels_last;
-  const Clip dy = clips(grad, n_segment, "grad", &like);
-  Tensor dx = no_gradient(grad), dweight = no_gradient(grad), dbias = no_gradient(grad);
-  if (need_bias) {
-    std::vector<int64_t> pixels{0, 2, 3, 4};
-    pixels.resize(dy.rank - 1);
-    dbias = aten("aten::sum", "dim_IntList", dy.tensor, std::optional(pixels), false, std::optional<ScalarType>());
-  }
-  if (!x_ && !weight_) return {dx, dweight, dbias};
-
-  const int64_t Cout = dy.C, C = x_ ? channels_of(*x_) : channels_of(*weight_);
-  const Shift shift = shift_of(C, fold_div, mode);
-  std::optional<Clip> x;
-  if (x_) {
-    x = clips(*x_, n_segment, "x", &like);
-    TEMPOPS_CHECK(x->N == dy.N && x->T == dy.T && x->H == dy.H && x->W == dy.W, "grad has the wrong shape");
-    TEMPOPS_CHECK(x_->device() == grad.device(), "x must be on grad's device");
-  }
-  // Where nobody reads the weight or x, ATen's convolution wants one nevertheless.
-  const Tensor weight =
-      weight_ ? read_weight(*weight_, grad, Cout, C) : torch::stable::new_empty(grad, weight_sizes(Cout, C, dy.rank));
-  if (dy.empty()) {
-    Clip zeros = empty_clips(dy, dy.T, C, dy.H, dy.W);
-    if (weight_) dx = torch::stable::zero_(zeros.tensor);
-    if (x_) dweight = torch::stable::new_zeros(grad, std::array<int64_t, 2>{Cout, C});
-    return {dx, dweight, dbias};
-  }
-  const bool by_product = weight_ && is_fused(dy, C);
-  if (by_product) {
-    const Clip moved = empty_clips(dy, dy.T, C, dy.H, dy.W);
-    convolve(moved, dy, weight, std::nullopt, false, Shift{0, 0, 0}, true);
-    shift_in_place(moved, shift.transposed());  // only the few channels that move
-    dx = moved.tensor;
-  }
-  const bool by_aten = weight_ && !by_product;
-  if (by_aten || x) {
-    const Tensor source = x ? shifted(*x, shift) : empty_clips(dy, dy.T, C, dy.H, dy.W).tensor;
-    const std::array<bool, 3> wanted{by_aten, x.has_value(), false};
-    const Geometry g(dy.rank);
-    const auto gradients = call_aten<3>("aten::convolution_backward", "", dy.tensor, source, weight,
-                                        std::optional<std::vector<int64_t>>(), g.one, g.none, g.one, false, g.none,
-                                        int64_t(1), torch::headeronly::HeaderOnlyArrayRef<bool>(wanted));
-    if (by_aten) {
-      const Clip moved = in_layout_of(dy, gradients[0], C);
-      shift_in_place(moved, shift.transposed());
-      dx = moved.tensor;
-    }
-    if (x) dweight = torch::stable::view(torch::stable::contiguous(gradients[1]), std::array<int64_t, 2>{Cout, C});
-  }
-  return {dx, dweight, dbias};
+                                                          bool need_bias, bool) {
+  const ConvolutionBackward b(grad, x, weight, n_segment, fold_div, mode, channels_last);
+  const auto dx = [&]() -> std::optional<Tensor> {
+    if (!is_fused(b.dy, b.C)) return std::nullopt;
+    const Clip moved = b.empty_dx();
+    convolve(moved, b.dy, b.weight, std::nullopt, false, Shift{0, 0, 0}, true);
+    shift_in_place(moved, b.shift.transposed());  // only the few channels that move
+    return moved.tensor;
+  };
+  const auto dweight = [] { return std::optional<Tensor>(); };
+  return b.gradients(dx, dweight, need_bias);
 }
 
 }  // namespace
@@ -380,10 +276,10 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, co
 STABLE_TORCH_LIBRARY_FRAGMENT(tempops, m) {
   m.def(
       "shift_conv1x1(Tensor x, Tensor weight, Tensor? bias=None, int? n_segment=None, int fold_div=8, "
-      "str mode='bidirectional', str? activation=None) -> Tensor");
+      "str mode='bidirectional', str? activation=None, bool allow_tf32=True) -> Tensor");
   m.def(
       "shift_conv1x1_backward(Tensor grad, Tensor? x, Tensor? weight, int? n_segment, int fold_div, str mode, "
-      "bool channels_last, bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "bool channels_last, bool need_bias, bool allow_tf32=True) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tempops, CPU, m) {

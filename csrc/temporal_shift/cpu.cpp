@@ -1,5 +1,5 @@
 // temporal_shift on the CPU: only memory moves, so every dtype is moved as unsigned integers of its size.
-#include "cpu.h"
+#include "shifted.h"
 
 #include "../cpu.h"
 

@@ -1,6 +1,6 @@
 // temporal_shift on CUDA: only memory moves, so every dtype is moved as unsigned integers of its size.
 #include "../cuda.h"
-#include "arguments.h"
+#include "shifted.h"
 
 namespace tempops {
 namespace {
@@ -63,6 +63,8 @@ void by_size(const Clip& x, const F& f) {
   }
 }
 
+}  // namespace
+
 Tensor shifted(const Clip& x, const Shift& shift) {
   const DeviceGuard guard(x.tensor);
   const Clip y = empty_like(x);
@@ -78,6 +80,18 @@ Tensor shifted(const Clip& x, const Shift& shift) {
   return y.tensor;
 }
 
+void shift_in_place(const Clip& x, const Shift& shift) {
+  if (x.empty()) return;
+  const DeviceGuard guard(x.tensor);
+  const Frame frame(x);
+  by_size(x, [&](auto* type) {
+    using word = std::remove_pointer_t<decltype(type)>;
+    launch(guard, shift_inplace_kernel<word, 1>, {frame.blocks(1), x.N}, frame.of<word>(x), frame, shift);
+  });
+}
+
+namespace {
+
 Tensor temporal_shift(const Tensor& x_, Segments n_segment, int64_t fold_div, const std::string& mode) {
   const Clip x = clips(x_, n_segment);
   return shifted(x, shift_of(x.C, fold_div, mode));
@@ -89,16 +103,8 @@ Tensor temporal_shift_backward(const Tensor& grad, Segments n_segment, int64_t f
 }
 
 void temporal_shift_(const Tensor& x_, Segments n_segment, int64_t fold_div, const std::string& mode) {
-  const DeviceGuard guard(x_);
   const Clip x = clips(x_, n_segment);
-  const Shift shift = shift_of(x.C, fold_div, mode);
-  if (!x.empty()) {
-    const Frame frame(x);
-    by_size(x, [&](auto* type) {
-      using word = std::remove_pointer_t<decltype(type)>;
-      launch(guard, shift_inplace_kernel<word, 1>, {frame.blocks(1), x.N}, frame.of<word>(x), frame, shift);
-    });
-  }
+  shift_in_place(x, shift_of(x.C, fold_div, mode));
   if (x.tensor.get() != x_.get()) {  // x had to be copied to be read
     Tensor target = x_;
     torch::stable::copy_(target, x.tensor);

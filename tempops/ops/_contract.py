@@ -180,10 +180,29 @@ class Op:
 
     def _run(self, x: Tensor, *args):
         self.check(x, *args)
-        namespace = _backend.namespace(x, self.name)
+        compiling = torch.compiler.is_compiling()
+        namespace = None if not compiling and _is_transformed() else _backend.namespace(x, self.name)
         if namespace is None:
             return self.reference(x, *args)
-        return getattr(getattr(torch.ops, namespace), self.name)(x, *args)
+        entry = getattr(getattr(torch.ops, namespace), self.name).default
+        if compiling or _needs_gradient(x, *args):
+            return entry(x, *args)
+        # The derivative of an entry is registered in Python: to pass through it takes as long as the rest of a call.
+        with torch._C._AutoDispatchBelowAutograd():
+            return entry(x, *args)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work: entries have no rules for them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def _needs_gradient(*args) -> bool:
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def _autocasts(device: str) -> bool:

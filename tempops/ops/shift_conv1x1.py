@@ -54,13 +54,20 @@ def shift_conv1x1(
 
     Note:
         Under autocast it behaves as ``conv2d``: it computes in autocast's dtype. Sums are in float32 (float64 for
-        float64) as those of ``conv2d`` are. Contiguous and channels_last tensors and channel slices of them are read in
-        place. Deterministic for a given number of threads.
+        float64) as those of ``conv2d`` are, and on CUDA float32 follows ``torch.backends.cudnn.allow_tf32`` as it does
+        there. Contiguous and channels_last tensors and channel slices of them are read in place. Deterministic for a
+        given number of threads; where the product is left to ``conv2d`` on CUDA, as deterministic as that.
     """
-    return op(x, weight, bias, n_segment, fold_div, mode, activation)
+    return op(x, weight, bias, n_segment, fold_div, mode, activation, _allow_tf32())
 
 
-def _check(x, weight, bias, n_segment, fold_div, mode, activation) -> None:
+@torch.compiler.assume_constant_result
+def _allow_tf32() -> bool:
+    """What `torch.backends.cudnn.allow_tf32` says, in a way that its successor `fp32_precision` allows too."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _check(x, weight, bias, n_segment, fold_div, mode, activation, allow_tf32) -> None:
     channels = check_clips(x, n_segment).C
     if channels == 0:
         raise ValueError(f"x must have at least 1 channel, got {list(x.shape)}")
@@ -75,7 +82,7 @@ def _check(x, weight, bias, n_segment, fold_div, mode, activation) -> None:
         check_shape("bias", bias, (outputs,))
 
 
-def _reference(x, weight, bias, n_segment, fold_div, mode, activation) -> Tensor:
+def _reference(x, weight, bias, n_segment, fold_div, mode, activation, allow_tf32) -> Tensor:
     convolve = F.conv3d if x.dim() == 5 else F.conv2d
     kernel = weight.reshape(*weight.shape[:2], *[1] * (x.dim() - 2))
     y = convolve(_shift_reference(x, n_segment, fold_div, mode), kernel, bias)
@@ -90,7 +97,7 @@ def _fake(x, weight, bias=None, n_segment=None, *_) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.arguments, activation = inputs
+    x, weight, bias, *ctx.arguments, activation, ctx.allow_tf32 = inputs
     ctx.channels_last, ctx.weight_shape = is_channels_last(x), weight.shape
     need_x, need_weight = ctx.needs_input_grad[:2]
     ctx.need_bias = bias is not None and ctx.needs_input_grad[2]
@@ -103,19 +110,18 @@ def _backward(ops, ctx, dy: Tensor):
     x, weight, output = ctx.saved_tensors
     if output is not None:
         dy = torch.ops.aten.threshold_backward(dy, output, 0)  # where relu gave 0, no gradient passes
-    dx, dweight, dbias = ops.shift_conv1x1_backward(dy, x, weight, *ctx.arguments, ctx.channels_last, ctx.need_bias)
+    dx, dweight, dbias = ops.shift_conv1x1_backward(
+        dy, x, weight, *ctx.arguments, ctx.channels_last, ctx.need_bias, ctx.allow_tf32
+    )
     return (
         dx if weight is not None else None,
         dweight.view(ctx.weight_shape) if x is not None else None,
         dbias if ctx.need_bias else None,
-        None,
-        None,
-        None,
-        None,
+        *[None] * 5,
     )
 
 
-def _fake_backward(dy, x, weight, n_segment, fold_div, mode, channels_last, need_bias):
+def _fake_backward(dy, x, weight, n_segment, fold_div, mode, channels_last, need_bias, allow_tf32=True):
     layout = torch.contiguous_format
     if channels_last:
         layout = torch.channels_last_3d if dy.dim() == 5 else torch.channels_last
@@ -134,7 +140,7 @@ def _fake_backward(dy, x, weight, n_segment, fold_div, mode, channels_last, need
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    dy, x, weight, *ctx.arguments, ctx.channels_last, ctx.need_bias = inputs
+    dy, x, weight, *ctx.arguments, ctx.channels_last, ctx.need_bias, ctx.allow_tf32 = inputs
     ctx.save_for_backward(dy, x, weight)
 
 
@@ -146,21 +152,27 @@ def _double_backward(ops, ctx, ddx, ddweight, ddbias):
     ddweight = None if x is None else ddweight[..., None, None]
     ddbias = ddbias if ctx.need_bias else None
     b_dy = b_x = b_weight = None
+
+    def forward(x, weight):
+        return ops.shift_conv1x1(x, weight, None, *ctx.arguments, None, ctx.allow_tf32)
+
+    def backward(x, weight):
+        return ops.shift_conv1x1_backward(dy, x, weight, *ctx.arguments, ctx.channels_last, False, ctx.allow_tf32)
+
     if need_dy:
         parts = []
         if ddx is not None:
-            parts.append(ops.shift_conv1x1(ddx, weight, None, *ctx.arguments))
+            parts.append(forward(ddx, weight))
         if ddweight is not None:
-            parts.append(ops.shift_conv1x1(x, ddweight, None, *ctx.arguments))
+            parts.append(forward(x, ddweight))
         if ddbias is not None:
             parts.append(ddbias.view(-1, *[1] * (dy.dim() - 2)).expand_as(dy))
         b_dy = sum(parts)
     if need_x:
-        b_x = ops.shift_conv1x1_backward(dy, None, ddweight, *ctx.arguments, ctx.channels_last, False)[0]
+        b_x = backward(None, ddweight)[0]
     if need_weight:
-        b_weight = ops.shift_conv1x1_backward(dy, ddx, None, *ctx.arguments, ctx.channels_last, False)[1]
-        b_weight = b_weight.view_as(weight)
-    return b_dy, b_x, b_weight, None, None, None, None, None
+        b_weight = backward(ddx, None)[1].view_as(weight)
+    return b_dy, b_x, b_weight, *[None] * 6
 
 
 register("shift_conv1x1", _fake, check=_check, setup_context=_save, backward=_backward)

@@ -1,11 +1,15 @@
 // The fibers, and the symbols of a CUDA build of PyTorch that the launchers use.
 #include "cuda_runtime.h"
 
+#include <cuda_pipeline_primitives.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <ucontext.h>
 
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -31,8 +35,21 @@ struct Barrier {
   char met[2] = {};  // for ThreadSanitizer, by turns: a thread may come here again before another one has left
 };
 
+// An asynchronous copy, or with no target the end of a group of them.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size, zeros;
+
+  void arrive() const {
+    std::memcpy(to, from, size - zeros);
+    std::memset(static_cast<char*>(to) + size - zeros, 0, zeros);
+  }
+};
+
 struct Fiber {
   ucontext_t context;
+  std::deque<Copy> copies;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool done = true;
 #ifdef CUDA_SIM_TSAN
@@ -186,6 +203,35 @@ void run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
 // threadIdx is that of the fiber that runs: it is set again after every wait.
 void __syncthreads() {
   cuda_sim::wait(cuda_sim::block);
+}
+
+void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros) {
+  if (reinterpret_cast<uintptr_t>(to) % size || (zeros < size && reinterpret_cast<uintptr_t>(from) % size)) {
+    std::fputs("misaligned address of an asynchronous copy\n", stderr);
+    std::abort();
+  }
+  const cuda_sim::Copy copy{to, from, size, zeros};
+#ifdef CUDA_SIM_TSAN
+  copy.arrive();
+#else
+  cuda_sim::fibers[cuda_sim::current].copies.push_back(copy);
+#endif
+}
+
+void __pipeline_commit() {
+  cuda_sim::fibers[cuda_sim::current].copies.push_back({});
+}
+
+void __pipeline_wait_prior(size_t groups) {
+  auto& copies = cuda_sim::fibers[cuda_sim::current].copies;
+  size_t pending = 0;
+  for (const auto& copy : copies) pending += copy.to == nullptr;
+  for (; pending > groups; copies.pop_front()) {
+    if (copies.front().to)
+      copies.front().arrive();
+    else
+      --pending;
+  }
 }
 
 extern "C" {

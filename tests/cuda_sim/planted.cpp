@@ -1,6 +1,8 @@
-// A kernel with a fault on request: what the simulator has to find, or to pass.
+// Kernels with a fault on request: what the simulator has to find, or to pass.
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -21,6 +23,15 @@ __global__ void reverse(float* out, const float* in, bool first_barrier, bool se
   }
 }
 
+__global__ void copy(float* out, const float* in, bool wait, int index_off_by) {
+  alignas(16) __shared__ float shared[4 * kThreads];
+  float* const mine = shared + 4 * threadIdx.x;
+  __pipeline_memcpy_async(mine, in + 4 * threadIdx.x + index_off_by, 16);
+  __pipeline_commit();
+  if (wait) __pipeline_wait_prior(0);
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = mine[i];
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -33,4 +44,14 @@ int main(int, char** argv) {
   const int index_off_by = asked("off by one"), bytes_off_by = asked("misaligned");
   cudaLaunchKernelEx(&config, reverse, out.data(), static_cast<const float*>(in.data()), first_barrier, second_barrier,
                      index_off_by, bytes_off_by);
+
+  std::vector<float> source(4 * kThreads + 1, 1), copied(4 * kThreads);
+  config.gridDim = dim3(1);
+  cudaLaunchKernelEx(&config, copy, copied.data(), static_cast<const float*>(source.data()), !asked("no wait"),
+                     static_cast<int>(asked("misaligned copy")));
+  for (float value : copied) {
+    if (value == 1) continue;
+    std::fputs("wrong result\n", stderr);
+    return 1;
+  }
 }

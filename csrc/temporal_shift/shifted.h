@@ -1,4 +1,4 @@
-// temporal_shift for other CPU ops.
+// temporal_shift for other ops: what its cpu.cpp and its cuda.cu each define for their library.
 #pragma once
 
 #include "arguments.h"
