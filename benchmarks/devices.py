@@ -12,21 +12,11 @@ from typing import ClassVar
 import pytest
 import torch
 from activations import FRAMES, SIZES
+from cases import why_not
 
-import tempops
 from tempops import _backend
 
 key = pytest.StashKey["Cpu"]()  # of pytest's configuration: the device of this run
-
-
-def why_not(back_end: str, op: str, device: str) -> str | None:
-    """Why a back end does not run an op on a device's tensors; None where it does."""
-    try:
-        with tempops.backend(back_end):
-            _backend.namespace(torch.empty(0, device=device), op)
-    except RuntimeError as error:
-        return str(error)
-    return None
 
 
 class Cpu:

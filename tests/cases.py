@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import tempops
+from tempops import _backend
 from tempops.ops._contract import Shape
 
 Make = Callable[..., Tensor]
@@ -33,6 +35,16 @@ def squeeze_and_expand(shape: Shape, make: Make) -> tuple:
     reduced = -(-shape.C // 8)
     squeeze = (reduced, shape.C)
     return make(*squeeze) / shape.C**0.5, make(*squeeze) / shape.C**0.5, make(shape.C, reduced) / reduced**0.5
+
+
+def why_not(backend: str, op: str, device: str) -> str | None:
+    """Why a back end does not run an op on a device's tensors; None where it does."""
+    try:
+        with tempops.backend(backend):
+            _backend.namespace(torch.empty(0, device=device), op)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)
