@@ -150,6 +150,7 @@ def test_the_tables_of_made_figures(tmp_path):
         "| 80% (80%) | 3.00x (3.00x) | 2.00x (2.00x) | 1.50x |",
         "| `temporal_shift` | triton | 70% (70%) | 1.00x (1.00x) | 2.00x (2.00x) | - | - | - | - |",
         "| `shift_conv1x1` | cuda | - | 2.00x (2.00x) | 2.00x (2.00x) | - | - | - | - |",
+        "- cuda over eager, worst of 4: 2.00x, `shift_conv1x1` forward contiguous float32 256x56.",
         "- `shift_conv1x1` (cuda), forward, over the convolution without a shift: 0.95x at 256x56; mean 0.95x.",
         "3 measurements are missing: the 7.5 minutes of --minutes were over.",
     ):

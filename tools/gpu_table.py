@@ -57,8 +57,19 @@ def _measured(report: dict) -> str:
         calls = [o for o in report["overheads"] if (o["op"], o["implementation"]) == (op, backend)]
         cells.append(f"{calls[0]['seconds'] / calls[0]['add']:.2f}x" if calls else "-")
         lines.append(f"| `{op}` | {backend} | " + " | ".join(cells) + " |")
-    against = list(map(_against_convolution, _groups(rows)))
-    return "\n".join([*lines, *([""] if against else []), *against, *_notes(report)])
+    return "\n".join([*lines, "", *_worst_cases(rows), *map(_against_convolution, _groups(rows)), *_notes(report)])
+
+
+def _worst_cases(rows: list[dict]) -> Iterator[str]:
+    """By back end and baseline: the comparison that came out worst, by name."""
+    names = {"eager": "eager", "compile": "`torch.compile`", "max-autotune": "`torch.compile`, `max-autotune`"}
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        for baseline, name in names.items():
+            found = [(f, row) for row in rows if row["backend"] == backend for f in _over([row], baseline)]
+            if found:
+                worst, row = min(found, key=lambda pair: pair[0])
+                place = " ".join(row[key] for key in ("direction", "layout", "dtype", "shape"))
+                yield f"- {backend} over {name}, worst of {len(found)}: {worst:.2f}x, `{row['op']}` {place}."
 
 
 def _notes(report: dict) -> Iterator[str]:
