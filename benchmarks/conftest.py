@@ -137,7 +137,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     from cases import CASES
 
     device = config.stash[devices.key]
-    compiled = "at every shape and layout" if config.getoption("--full") else "at two shapes, one in each layout"
+    compiled = "at every shape and layout" if config.getoption("--full") else device.sparsely
     notes = [
         f"{device.note} A copy moves as many bytes as the op must, reads and writes together.",
         f"torch.compile: of the eager reference, {compiled}.",

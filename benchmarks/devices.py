@@ -27,6 +27,7 @@ class Cpu:
     back_ends = ("cpu",)
     baselines = ("eager", "copy")
     compiled: ClassVar = {"compile": ("float32",)}  # by baseline: the dtypes that it is timed in by default
+    sparsely = "at two shapes, one in each layout"
     compiled_last = False  # so that a run cut short has the rest
     minutes = math.inf  # after which a default run skips what is left
     note = "Medians, all memory warm."
@@ -83,6 +84,7 @@ class Cuda(Cpu):
     back_ends = ("cuda", "triton")
     baselines = ("eager", "copy", "conv")
     compiled: ClassVar = {"compile": ("float32", "bfloat16"), "max-autotune": ("bfloat16",)}
+    sparsely = "at two shapes, one in each layout; in bfloat16 at the first alone, with max-autotune too"
     compiled_last = True
     minutes = 7.5
     note = "Device time: medians of graph replays, buffers taken in turn so that no call finds its data in the cache."
