@@ -8,17 +8,26 @@ The options of pytest-benchmark work too; --benchmark-verbose brings its own tab
 
 import ctypes
 import importlib.util
+import time
 from pathlib import Path
 
 import pytest
 
 NEEDED = {"tempops": "tempops", "pytest_benchmark": "pytest-benchmark", "av": "av", "tqdm": "tqdm"}
 rows_key = pytest.StashKey[dict]()
+overheads_key = pytest.StashKey[dict]()
+start_key = pytest.StashKey[float]()
 contention_key = pytest.StashKey[object]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tempops")
+    group.addoption(
+        "--device",
+        choices=("cpu", "cuda", "rehearsal"),
+        help="what to measure; default: a GPU where there is one, else the CPU (rehearsal is for the tests)",
+    )
+    group.addoption("--minutes", type=float, help="skip what is left then; default: 7.5 on a GPU without --full")
     group.addoption("--full", action="store_true", help="every dtype, and torch.compile at every shape and layout")
     group.addoption("--plot", type=Path, metavar="FILE", help="draw every time over that of a copy (png, svg, pdf)")
     group.addoption("--report", type=Path, metavar="FILE", help="write the rows of the report as JSON")
@@ -35,17 +44,55 @@ def pytest_configure(config: pytest.Config) -> None:
         if not path.absolute().parent.is_dir():
             raise pytest.UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     config.option.benchmark_quiet = True
+    import devices
     from report import Contention
 
-    config.stash[rows_key] = {}
+    device = config.stash[devices.key] = devices.choose(config.getoption("--device"))
+    if config.getoption("--minutes") is None:
+        config.option.minutes = float("inf") if config.getoption("--full") else device.minutes
+    config.stash[start_key] = time.monotonic()
+    config.stash[rows_key], config.stash[overheads_key] = {}, {}
     config.stash[contention_key] = Contention()
     _keep_memory()
 
 
 @pytest.fixture
 def rows(request: pytest.FixtureRequest) -> dict:
-    """The rows of the report, by point."""
+    """The rows of the report, by point and back end."""
     return request.config.stash[rows_key]
+
+
+@pytest.fixture
+def overheads(request: pytest.FixtureRequest) -> dict:
+    """What calls cost the host, by op and implementation."""
+    return request.config.stash[overheads_key]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest):
+    """What is measured; see devices.py."""
+    import devices
+
+    return request.config.stash[devices.key]
+
+
+@pytest.fixture
+def in_time(request: pytest.FixtureRequest) -> None:
+    """Skips what would begin after --minutes."""
+    minutes = request.config.getoption("--minutes")
+    if time.monotonic() - request.config.stash[start_key] > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes of --minutes are over")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Ends the run where the device is broken: after a fault in a kernel, a GPU takes no more work of this process."""
+    if call.excinfo is not None and "device" in item.funcargs:
+        try:
+            item.funcargs["device"].synchronize()
+        except RuntimeError as error:
+            item.session.shouldstop = f"the device is broken: {error}"
+    return (yield)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -82,24 +129,35 @@ class Bar:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = list(config.stash[rows_key].values())
-    if not rows:
+    rows, overheads = list(config.stash[rows_key].values()), list(config.stash[overheads_key].values())
+    if not rows and not overheads:
         return
+    import devices
     import report
+    from cases import CASES
 
-    compiled = "at every shape and layout" if config.getoption("--full") else "at two shapes, one in each layout"
+    device = config.stash[devices.key]
+    compiled = "at every shape and layout" if config.getoption("--full") else device.sparsely
     notes = [
-        "Medians, all memory warm. A copy moves as many bytes as the op must, reads and writes together.",
+        f"{device.note} A copy moves as many bytes as the op must, reads and writes together.",
         f"torch.compile: of the eager reference, {compiled}.",
     ]
-    if (others := float(config.stash[contention_key])) > 0.05:
+    if skipped := len(terminalreporter.stats.get("skipped", [])):
+        notes.append(
+            f"{skipped} measurements are missing: the {config.option.minutes:g} minutes of --minutes were over."
+        )
+    if without := [case.name for case in CASES if case.benchmark and not device.tested(case.op)]:
+        notes.append(f"{', '.join(without)}: missing, as no back end of tempops runs them here.")
+    # Beside a GPU the others are torch.compile's own processes, and the device's time does not mind them.
+    if device.type == "cpu" and (others := float(config.stash[contention_key])) > 0.05:
         notes.append(f"Other processes kept {others:.0%} of the cores busy: these times are not to be trusted.")
+    written = report.Report(report.machine(device), notes, rows, overheads)
     terminalreporter.section("tempops")
-    for line in report.lines(rows, notes):
+    for line in report.lines(written):
         terminalreporter.write_line(line)
     for option, write in {"--plot": report.plot, "--report": report.write_json}.items():
         if path := config.getoption(option):
-            write(rows, path)
+            write(written, path)
             terminalreporter.write_line(f"wrote {path}")
 
 

@@ -11,39 +11,63 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from devices import Cpu
 
 from tempops import _C
 
 DIRECTIONS = ("forward", "backward")
 LAYOUTS = ("contiguous", "channels_last")
+# What the op is compared with, in sentences; the first two have their columns in every report.
+BASELINES = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "max-autotune": "torch.compile, max-autotune",
+    "conv": "the convolution alone",
+    "copy": "a copy",
+}
 
 
 @dataclass
 class Row:
-    """One comparison: the same op on the same tensors by every implementation, and a copy of as many bytes."""
+    """One comparison: the same op on the same tensors by one back end and every baseline, a copy of the bytes too."""
 
     op: str
     direction: str
     layout: str
     dtype: str
     shape: str
+    backend: str
     matmul: bool
     bytes: int
-    seconds: dict[str, float] = field(default_factory=dict)  # median, by implementation
+    seconds: dict[str, float] = field(default_factory=dict)  # median, by implementation: "tempops" or a baseline
 
     def __str__(self) -> str:
-        return f"{self.op} {self.layout} {self.shape} {self.dtype}"
+        return f"{self.op} {self.backend} {self.layout} {self.shape} {self.dtype}"
 
     def over(self, baseline: str) -> float | None:
         """How many times faster the op is than a baseline; None where either was not timed."""
-        if "cpu" not in self.seconds or baseline not in self.seconds:
+        if "tempops" not in self.seconds or baseline not in self.seconds:
             return None
-        return self.seconds[baseline] / self.seconds["cpu"]
+        return self.seconds[baseline] / self.seconds["tempops"]
 
 
-def machine() -> dict[str, str | int]:
+@dataclass
+class Overhead:
+    """What a call costs the host: the wall clock of many on a kilobyte, never waiting for the device."""
+
+    op: str
+    implementation: str
+    seconds: float
+    add: float  # torch.add's
+
+    @property
+    def over_add(self) -> float:
+        return self.seconds / self.add
+
+
+def machine(device: Cpu) -> dict[str, str | int]:
     """Where the figures come from."""
-    return {
+    return device.machine() | {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "instruction set": _C.instruction_set(),
@@ -74,37 +98,69 @@ class Contention:
         return busy, sum(os.times()[:4]), time.monotonic()
 
 
-def lines(rows: list[Row], notes: Iterable[str]) -> list[str]:
+@dataclass
+class Report:
+    """A run of the benchmarks."""
+
+    machine: dict[str, str | int]
+    notes: list[str]
+    rows: list[Row]
+    overheads: list[Overhead]
+
+    @property
+    def described(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.machine.items())
+
+
+def lines(report: Report) -> list[str]:
     """The report as text."""
-    out = [_described(), *notes, *_table(rows)]
-    for dtype in dict.fromkeys(row.dtype for row in rows):
-        out += ["", *_means([row for row in rows if row.dtype == dtype], f"geometric mean, {dtype}")]
+    rows = report.rows
+    out = [report.described, *report.notes]
+    if rows:
+        out += _table(rows)
+    for backend, dtype in dict.fromkeys((row.backend, row.dtype) for row in rows):
+        chosen = [row for row in rows if (row.backend, row.dtype) == (backend, dtype)]
+        out += ["", *_means(chosen, f"geometric mean, {backend}, {dtype}")]
     if any(row.matmul for row in rows):
         out.append("(of copy's times, the mean over all leaves out the ops whose time goes into matrix products)")
-    return [*out, "", *_worst(rows)]
+    for backend in dict.fromkeys(row.backend for row in rows):
+        out += ["", *_worst([row for row in rows if row.backend == backend])]
+    if report.overheads:
+        out += ["", *_overheads(report.overheads)]
+    return out
 
 
-def _described() -> str:
-    return ", ".join(f"{key} {value}" for key, value in machine().items())
+def write_json(report: Report, path: Path) -> None:
+    """One row a line, so that two runs can be compared by diff."""
+
+    def listed(items: Iterable[Row | Overhead]) -> str:
+        return "[\n" + ",\n".join(json.dumps(vars(item)) for item in items) + "\n]"
+
+    machine, notes = json.dumps(report.machine), json.dumps(report.notes)
+    path.write_text(
+        f'{{"machine": {machine},\n"notes": {notes},\n'
+        f'"overheads": {listed(report.overheads)},\n"rows": {listed(report.rows)}}}\n'
+    )
 
 
-def write_json(rows: list[Row], path: Path) -> None:
-    path.write_text(json.dumps({"machine": machine(), "rows": [vars(row) for row in rows]}, indent=1) + "\n")
-
-
-def plot(rows: list[Row], path: Path) -> None:
+def plot(report: Report, path: Path) -> None:
     """Every time over that of a copy of the same bytes: a panel a direction, a line an op, a point a comparison."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = report.rows
     ops = list(dict.fromkeys(row.op for row in rows))[::-1]
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.5 * len(ops)), sharey=True, layout="constrained")
-    names = {"eager": ("eager", "tab:red"), "compile": ("torch.compile", "tab:orange"), "cpu": ("tempops", "tab:blue")}
+    backends = dict.fromkeys(row.backend for row in rows)
+    colours = dict(zip(backends, ("tab:blue", "tab:cyan")))
+    drawn = [("eager", "eager", "tab:red", None), ("compile", "torch.compile", "tab:orange", None)]
+    drawn += [("tempops", f"tempops {backend}", colours[backend], backend) for backend in backends]
     for panel, direction in zip(panels, DIRECTIONS):
-        for i, (name, (label, colour)) in enumerate(names.items()):
+        for i, (name, label, colour, backend) in enumerate(drawn):
             chosen = [row for row in rows if row.direction == direction and {name, "copy"} <= row.seconds.keys()]
+            chosen = [row for row in chosen if row.backend == backend or backend is None]
             panel.scatter(
                 [row.seconds[name] / row.seconds["copy"] for row in chosen],
                 [ops.index(row.op) + 0.2 * (i - 1) for row in chosen],
@@ -116,17 +172,20 @@ def plot(rows: list[Row], path: Path) -> None:
         panel.set(title=direction, xscale="log", xlabel="time / time of a copy of the same bytes")
         panel.set_yticks(range(len(ops)), ops)
         panel.grid(axis="x", alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.suptitle(_described(), fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(drawn))
+    figure.suptitle(report.described, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
 def _table(rows: list[Row]) -> list[str]:
     """One line a comparison; a gap between ops."""
-    text = [("op", "direction", "layout", "dtype", "shape", "time", "speed", "of copy", "over eager", "over compile")]
+    over = [name for name in BASELINES if name != "copy"]
+    over = [name for name in over if name in ("eager", "compile") or any(name in row.seconds for row in rows)]
+    head = ("op", "direction", "layout", "dtype", "shape", "back end", "time", "speed", "of copy")
+    text = [(*head, *(f"over {name}" for name in over))]
     for row in rows:
-        cpu, share = row.seconds.get("cpu"), row.over("copy")
-        figures = ("-", "-") if cpu is None else (f"{cpu * 1e6:.0f} us", f"{row.bytes / cpu / 1e9:.1f} GB/s")
+        mine, share = row.seconds.get("tempops"), row.over("copy")
+        figures = ("-", "-") if mine is None else (f"{mine * 1e6:.0f} us", f"{row.bytes / mine / 1e9:.1f} GB/s")
         text.append(
             (
                 row.op,
@@ -134,14 +193,14 @@ def _table(rows: list[Row]) -> list[str]:
                 row.layout,
                 row.dtype,
                 row.shape,
+                row.backend,
                 *figures,
                 "-" if share is None else f"{share:.0%}",
-                _times(row.over("eager")),
-                _times(row.over("compile")),
+                *(_times(row.over(name)) for name in over),
             )
         )
     widths = [max(map(len, column)) for column in zip(*text)]
-    pads = [f"<{width}" for width in widths[:5]] + [f">{width}" for width in widths[5:]]
+    pads = [f"<{width}" for width in widths[:6]] + [f">{width}" for width in widths[6:]]
     out = []
     for before, cells in zip([text[0], *text], text):
         if before[0] != cells[0]:
@@ -171,7 +230,7 @@ def _worst(rows: list[Row]) -> list[str]:
     half = _half(rows)
     out = [f"bfloat16 takes {half:.2f} of the time of float32 (geometric mean)"] if half else []
     for direction in DIRECTIONS:
-        for baseline, name in {"eager": "eager", "compile": "torch.compile", "copy": "a copy"}.items():
+        for baseline, name in BASELINES.items():
             timed = [row for row in rows if row.direction == direction and row.over(baseline) is not None]
             if timed:
                 worst = min(timed, key=lambda row: row.over(baseline))
@@ -181,9 +240,26 @@ def _worst(rows: list[Row]) -> list[str]:
     return out
 
 
+def _overheads(overheads: list[Overhead]) -> list[str]:
+    """What a call costs the host, an op a line."""
+    names = list(dict.fromkeys(overhead.implementation for overhead in overheads))
+    ops = list(dict.fromkeys(overhead.op for overhead in overheads))
+    width = max(map(len, ops))
+    out = ["a call on a kilobyte, time on the host and over that of torch.add"]
+    out.append(" " * width + "".join(f"{name:>20}" for name in names))
+    for op in ops:
+        cells = {
+            overhead.implementation: f"{overhead.seconds * 1e6:.1f} us {_times(overhead.over_add):>7}"
+            for overhead in overheads
+            if overhead.op == op
+        }
+        out.append(op.ljust(width) + "".join(f"{cells.get(name, '-'):>20}" for name in names))
+    return out
+
+
 def _half(rows: list[Row]) -> float | None:
     """bfloat16's time over float32's, where both were timed."""
-    times = {(row.op, row.direction, row.layout, row.shape, row.dtype): row.seconds.get("cpu") for row in rows}
+    times = {(row.op, row.direction, row.layout, row.shape, row.dtype): row.seconds.get("tempops") for row in rows}
     pairs = [(seconds, times.get((*key, "float32"))) for (*key, dtype), seconds in times.items() if dtype == "bfloat16"]
     return _mean(half / single for half, single in pairs if half and single)
 

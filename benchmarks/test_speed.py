@@ -1,22 +1,25 @@
 """Every op, forward and backward, beside eager PyTorch, torch.compile and a copy of the same bytes.
 
-Each implementation runs three times before it is timed, so memory is warm; figures are medians of single calls. The
-implementations of a comparison run one right after the other. Backward is `torch.autograd.grad` of every tensor
-argument, with a fixed random gradient and the graph retained.
+Each implementation runs three times before it is timed. The implementations of a comparison run one right after the
+other, except that on a GPU what torch.compile makes comes last. Backward is `torch.autograd.grad` of every tensor
+argument, with a fixed random gradient and the graph retained. What a call costs the host is a figure of its own.
 """
 
 import functools
+import gc
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import devices
 import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
 from activations import SIZES, activations
 from cases import CASES, Case
-from report import DIRECTIONS, LAYOUTS, Row
+from report import DIRECTIONS, LAYOUTS, Overhead, Row
 from torch import Tensor
 
 import tempops
@@ -24,13 +27,15 @@ from tempops.ops._contract import Shape
 
 TIMED = {case.name: case for case in CASES if case.benchmark}
 SEGMENTS = 8
-SECONDS = 0.1  # of timed calls, for each implementation of a comparison
-ROUNDS = (5, 100)  # at least, at most
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+FULL = ("float32", "bfloat16", "float16", "float64")
 
 # Each compilation takes seconds: by default an early stage in one layout and a late stage in the other.
 COMPILED = {"256x56": "contiguous", "1024x14": "channels_last", "15x224": "contiguous"}
-IMPLEMENTATIONS = ("compile", "cpu", "eager", "copy")
+FIRST = ("256x56", "15x224")  # those of them at which it is also timed in other dtypes, and with max-autotune
+MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # the graph is the benchmark's own
+
+KILOBYTE = Shape(1, 4, 16, 2, 2)  # in float32
+CALLS, ROUNDS = 500, 9  # of the median of the host's time of a call
 
 # PyTorch's own, on the first compilation.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -49,11 +54,19 @@ class Point(NamedTuple):
         return "-".join(self)
 
 
-def points(full: bool) -> list[Point]:
+class Set(NamedTuple):
+    """The tensors of one call: x, the further arguments, the gradients of the outputs (none for a forward)."""
+
+    x: Tensor
+    others: tuple
+    grads: tuple[Tensor, ...]
+
+
+def points(dtypes: tuple[str, ...]) -> list[Point]:
     return [
         Point(op, direction, layout, dtype, shape)
         for op, case in TIMED.items()
-        for dtype in (DTYPES if full else DTYPES[:1])
+        for dtype in dtypes
         for direction in DIRECTIONS
         for layout in LAYOUTS
         for shape in case.activations
@@ -72,49 +85,106 @@ def _compiled(point: Point) -> bool:
     return point.shape in COMPILED
 
 
+def implementations(device: devices.Cpu, point: Point, full: bool) -> Iterator[str]:
+    """What is timed at a point: compiled baselines, back ends of tempops, the other baselines."""
+    tested = device.tested(TIMED[point.op].op)
+    if not tested:
+        return
+    for name, dtypes in device.compiled.items():
+        chosen = point.dtype in dtypes and _compiled(point) and (point.dtype == "float32" or point.shape in FIRST)
+        if full or chosen:
+            yield name
+    yield from tested
+    yield from (name for name in device.baselines if name != "conv" or TIMED[point.op].conv)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("--full")
-    chosen = [
-        (*point, name)
-        for point in points(full)
-        for name in IMPLEMENTATIONS
-        if name != "compile" or full or _compiled(point)
-    ]
-    metafunc.parametrize((*Point._fields, "implementation"), chosen, ids=map("-".join, chosen))
+    device, full = metafunc.config.stash[devices.key], metafunc.config.getoption("--full")
+    if metafunc.function is test_speed:
+        chosen = [
+            (*point, name)
+            for point in points(FULL if full else device.dtypes)
+            for name in implementations(device, point, full)
+        ]
+        if device.compiled_last:
+            chosen.sort(key=lambda c: (1 + list(MODES).index(c[-1]), FULL.index(c[3])) if c[-1] in MODES else (0, 0))
+        metafunc.parametrize((*Point._fields, "implementation"), chosen, ids=map("-".join, chosen))
+    else:
+        tested = {op: device.tested(case.op) for op, case in TIMED.items()}
+        chosen = [(op, name) for op, names in tested.items() for name in (names and ("eager", *names))]
+        metafunc.parametrize(("op", "implementation"), chosen, ids=map("-".join, chosen))
+
+
+def test_call(device, overheads, in_time, op: str, implementation: str) -> None:
+    """What a call costs the host: the wall clock of many on a kilobyte, never waiting for the device.
+
+    torch.add of the same x is timed in turn with it, as its measure.
+    """
+    case = TIMED[op]
+    channels = KILOBYTE.C - KILOBYTE.C % case.channel_divisor
+    n, t, c, h, w = shape = KILOBYTE._replace(C=channels)
+    x = torch.randn(n * t, c, h, w, device=device.type)
+    if case.ranks == (2,):
+        x = x.view(-1, c)
+        t = x.size(0)
+    others = case.others(shape, functools.partial(torch.randn, device=device.type))
+    calls = {"add": functools.partial(torch.add, x, x), "op": functools.partial(case.call, x, t, *others)}
+    times = {name: [] for name in calls}
+    with tempops.backend(implementation):
+        for _ in range(1 + ROUNDS):
+            for name, call in calls.items():
+                times[name].append(_host_seconds(call, device))
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first to warm up
+    overheads[op, implementation] = Overhead(op, implementation, medians["op"], medians["add"])
+
+
+def _host_seconds(call: Callable, device: devices.Cpu) -> float:
+    device.synchronize()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        return (time.perf_counter() - start) / CALLS
+    finally:
+        gc.enable()
 
 
 @pytest.mark.benchmark(disable_gc=True)
 def test_speed(
-    benchmark, rows: dict, op: str, direction: str, layout: str, dtype: str, shape: str, implementation: str
+    request,
+    device,
+    rows,
+    in_time,
+    op: str,
+    direction: str,
+    layout: str,
+    dtype: str,
+    shape: str,
+    implementation: str,
 ) -> None:
     point = Point(op, direction, layout, dtype, shape)
-    x, others, grads, traffic = inputs(point)
-    with tempops.backend("cpu" if implementation == "cpu" else "eager"):
-        prepared = prepare(implementation, point, x, others, grads, traffic)
-
-        def call() -> None:
-            prepared()  # the results are dropped: kept through the next round, they would have it write to cold memory
-
-        call()  # compiles, or touches memory for the first time
-        call()
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        rounds = min(max(int(SECONDS / once), ROUNDS[0]), ROUNDS[1])
-        benchmark.group = str(point)
-        benchmark.extra_info["bytes"] = traffic
-        benchmark.pedantic(call, rounds=rounds)
-    if benchmark.enabled:
-        row = rows.setdefault(point, Row(*point, TIMED[op].matmul, traffic))
-        row.seconds[implementation] = benchmark.stats.stats.median
+    sets, traffic = inputs(device, point)
+    back_ends = device.tested(TIMED[op].op)
+    with tempops.backend(implementation if implementation in back_ends else "eager"):
+        seconds = device.seconds(prepare(implementation, device, point, sets, traffic), request)
+    if seconds is None:
+        return
+    # A baseline's time goes into the row of every back end.
+    for back_end in back_ends:
+        if implementation not in back_ends or implementation == back_end:
+            row = rows.setdefault((point, back_end), Row(*point, back_end, TIMED[op].matmul, traffic))
+            row.seconds["tempops" if implementation == back_end else implementation] = seconds
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(point: Point) -> tuple[Tensor, tuple, tuple[Tensor, ...], int]:
-    """x, the further arguments, the gradients of the outputs, and the bytes that the op must move."""
+def inputs(device: devices.Cpu, point: Point) -> tuple[list[Set], int]:
+    """The sets of tensors that the calls take in turn, and the bytes that the op must move in one call."""
     op, direction, layout, dtype, shape = point
     case = TIMED[op]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device.type).manual_seed(0)
+    frames = device.frames(shape)
+    sizes = SIZES[shape][1:]
 
     def laid_out(tensor: Tensor) -> Tensor:
         tensor = tensor.to(getattr(torch, dtype))
@@ -122,40 +192,65 @@ def inputs(point: Point) -> tuple[Tensor, tuple, tuple[Tensor, ...], int]:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor.requires_grad_(direction == "backward")
 
-    x = laid_out(case.from_activation(activations()[shape]).clone())
-    frames, *sizes = SIZES[shape]
-    others = case.others(
-        Shape(frames // SEGMENTS, SEGMENTS, *sizes), lambda *sizes: laid_out(torch.randn(sizes, generator=generator))
-    )
-    with tempops.backend("eager"), torch.no_grad():
-        outputs = _tuple(case.call(x, SEGMENTS, *others))
-    tensors = [x, *(other for other in others if isinstance(other, Tensor))]
+    def draw(*sizes: int) -> Tensor:
+        return laid_out(torch.randn(sizes, generator=generator, device=device.type))
+
+    def tensors() -> Set:
+        x = laid_out(case.from_activation(_repeated(device, shape)).clone())
+        others = case.others(Shape(frames // SEGMENTS, SEGMENTS, *sizes), draw)
+        if direction == "forward":
+            return Set(x, others, ())
+        return Set(x, others, tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs(x, others)))
+
+    def outputs(x: Tensor, others: tuple) -> tuple[Tensor, ...]:
+        with tempops.backend("eager"), torch.no_grad():
+            return _tuple(case.call(x, SEGMENTS, *others))
+
+    first = tensors()
+    arguments = [first.x, *(other for other in first.others if isinstance(other, Tensor))]
     if direction == "forward":
-        return x, others, (), _bytes(*tensors, *outputs, *[x] * case.rereads)
-    grads = tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs)
-    # The gradients of the arguments are as large as the arguments.
-    return x, others, grads, _bytes(*grads, *tensors, *([] if case.linear else tensors))
+        again = [first.x] * case.rereads if layout == "contiguous" or device.type == "cpu" else []
+        traffic = _bytes(*arguments, *outputs(first.x, first.others), *again)
+    else:
+        # The gradients of the arguments are as large as the arguments.
+        traffic = _bytes(*first.grads, *arguments, *([] if case.linear else arguments))
+    return [first, *(tensors() for _ in range(device.buffers(traffic) - 1))], traffic
 
 
-def prepare(implementation: str, point: Point, x: Tensor, others: tuple, grads: tuple, traffic: int) -> Callable:
-    """What is timed: a function of no arguments."""
+@functools.lru_cache(maxsize=1)
+def _repeated(device: devices.Cpu, shape: str) -> Tensor:
+    """The activations of a shape, repeated to as many frames as the device takes, each time from another clip on."""
+    frames = activations()[shape].to(device.type)
+    repeats = device.frames(shape) // frames.size(0)
+    return torch.cat([frames.roll(i * SEGMENTS, 0) for i in range(repeats)]) if repeats > 1 else frames
+
+
+def prepare(
+    implementation: str, device: devices.Cpu, point: Point, sets: list[Set], traffic: int
+) -> list[Callable[[], object]]:
+    """What is timed: a function of no arguments for each set."""
     if implementation == "copy":  # reads half of the bytes, writes the other half
-        source = torch.ones(traffic // 2 // 4)
-        return functools.partial(torch.empty_like(source).copy_, source)
+        sources = [torch.ones(traffic // 2 // 4, device=device.type) for _ in sets]
+        return [functools.partial(torch.empty_like(source).copy_, source) for source in sources]
 
-    call = TIMED[point.op].call
-    if implementation == "compile":
+    case = TIMED[point.op]
+    call = case.conv if implementation == "conv" else case.call
+    if implementation in MODES:
         torch.compiler.reset()
-        torch._inductor.config.compile_threads = 1  # no pool of processes that starts while other things are timed
-        call = torch.compile(call, fullgraph=True, dynamic=False)
+        if device.type == "cpu":  # no pool of processes that starts while other things are timed
+            torch._inductor.config.compile_threads = 1
+        call = torch.compile(call, fullgraph=True, dynamic=False, mode=MODES[implementation])
     if point.direction == "forward":
-        return functools.partial(call, x, SEGMENTS, *others)
+        return [functools.partial(call, x, SEGMENTS, *others) for x, others, _ in sets]
 
-    # A compiled backward may otherwise overwrite what the graph keeps.
-    with torch._functorch.config.patch(donated_buffer=False):
-        outputs = _tuple(call(x, SEGMENTS, *others))
-    arguments = [x, *(other for other in others if isinstance(other, Tensor))]
-    return functools.partial(torch.autograd.grad, outputs, arguments, grads, retain_graph=True)
+    calls = []
+    for x, others, grads in sets:
+        # A compiled backward may otherwise overwrite what the graph keeps.
+        with torch._functorch.config.patch(donated_buffer=False):
+            outputs = _tuple(call(x, SEGMENTS, *others))
+        arguments = [x, *(other for other in others if isinstance(other, Tensor))]
+        calls.append(functools.partial(torch.autograd.grad, outputs, arguments, grads, retain_graph=True))
+    return calls
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

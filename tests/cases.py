@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tempops
+from tempops import _backend
 from tempops.ops._contract import Shape
 
 Make = Callable[..., Tensor]
@@ -34,19 +37,31 @@ def squeeze_and_expand(shape: Shape, make: Make) -> tuple:
     return make(*squeeze) / shape.C**0.5, make(*squeeze) / shape.C**0.5, make(shape.C, reduced) / reduced**0.5
 
 
+def why_not(backend: str, op: str, device: str) -> str | None:
+    """Why a back end does not run an op on a device's tensors; None where it does."""
+    try:
+        with tempops.backend(backend):
+            _backend.namespace(torch.empty(0, device=device), op)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 @dataclass(frozen=True)
 class Case:
     """`call(x, n_segment, *others)` runs the op.
 
     `others(shape, make)` gives the further tensor arguments for clips of sizes `shape`; `make(*sizes)` draws one.
     `moves` is True where data only moves, so that results compare bit for bit.
-    `linear` is True where the backward does not read x. `rereads` counts further reads of x that no kernel can avoid.
+    `linear` is True where the backward does not read x. `rereads` counts further reads of x that no kernel can avoid,
+    except on a GPU in channels_last, where what a pixel needs fits on chip.
     `ranks` are those that x may have: 4, 5, or 2 for [N*T, C]. `channel_divisor` divides C.
     `reach` is how many frames away an output frame reads; None for the whole clip.
     `autocasts` is True where the op computes in autocast's dtype, as conv2d does.
 
     The benchmarks feed `from_activation(a)` for each `a` that `activations` names (benchmarks/activations.py). `matmul`
-    is True where the time goes into matrix products, so that a copy of the same bytes is no yardstick.
+    is True where the time goes into matrix products, so that a copy of the same bytes is no yardstick; `conv` is
+    the convolution alone, called as the op is.
     """
 
     name: str
@@ -64,9 +79,15 @@ class Case:
     activations: tuple[str, ...] = ("64x56", "256x56", "512x28", "1024x14", "2048x7")
     from_activation: Callable[[Tensor], Tensor] = lambda activation: activation
     matmul: bool = False
+    conv: Callable | None = None
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def op(self) -> str:
+        """The name of the function in `tempops`."""
+        return self.name.partition("-")[0]
 
 
 CASES = [
@@ -97,7 +118,8 @@ CASES = [
     Case("channel_motion_gate", lambda pooled, t, w1, w2, w3: tempops.channel_motion_gate(pooled, w1, w2, w3, t),
          squeeze_and_expand, ranks=(2,), reach=None, from_activation=lambda a: a.mean((2, 3)), matmul=True),
     Case("shift_conv1x1", lambda x, t, w: tempops.shift_conv1x1(x, w, None, t),
-         lambda s, make: (make(max(1, s.C // 4), s.C, 1, 1),), autocasts=True, matmul=True),
+         lambda s, make: (make(max(1, s.C // 4), s.C, 1, 1),), autocasts=True, matmul=True,
+         conv=lambda x, t, w: F.conv2d(x, w)),
     Case("shift_conv1x1-relu", lambda x, t, w, b: tempops.shift_conv1x1(x, w, b, t, 4, "reversed", "relu"),
          lambda s, make: (make(s.C, s.C, 1, 1), make(s.C)), reach=2, autocasts=True, benchmark=False, matmul=True),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from cases import Case
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch import Tensor
 from tempops.ops._contract import Shape
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-COMPILED = ("cpu",)  # the back ends that are compared with eager
+GPU = ("cuda", "triton")
+on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"))
+COMPILED = ("cpu", *(pytest.param(name, marks=on_gpu) for name in GPU))  # the back ends that are compared with eager
+DEVICE = "cpu"  # where `make` puts tensors; tests/conftest.py sets it for a test of a GPU's back end
 
 BASE = Shape(2, 4, 16, 7, 7)
 SHAPES = (
@@ -39,7 +43,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _offset(x: Tensor) -> Tensor:
     """x in storage that starts one element late, so that no row is aligned."""
-    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
 
 
 def _crop(x: Tensor) -> Tensor:
@@ -77,12 +81,20 @@ def fits(case: Case, shape: Shape) -> bool:
     return shape.T >= case.least_frames
 
 
-def make(case: Case, shape: Shape, layout: str, dtype: torch.dtype = torch.float64, scale: float = 1.0):
+def make(
+    case: Case,
+    shape: Shape,
+    layout: str,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    device: str | None = None,
+):
     """(x, n_segment, *others) for a case, leaves that require gradients, values exact in `dtype`."""
+    device = device or DEVICE
     shape = shape._replace(C=shape.C - shape.C % case.channel_divisor or case.channel_divisor)
 
     def draw(*sizes: int) -> Tensor:
-        return (torch.randn(sizes, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(sizes, dtype=torch.float64, device=device) * scale).to(dtype)
 
     n, t, c, h, w = shape
     if case.ranks == (2,):

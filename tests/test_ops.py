@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, why_not
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import BASE, COMPILED, DTYPES, NATIVE, SHAPES, as_tuple, fits, layouts, make
@@ -125,7 +125,7 @@ class Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "tempops":
+        if func.namespace.startswith("tempops"):
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 
@@ -134,10 +134,10 @@ class Recorder(TorchDispatchMode):
         return {func._schema.name.split("::")[1] for func, _ in self.calls}
 
 
-def recorded(case: Case, layout: str, shape: Shape = SMALL, dtype: torch.dtype = torch.float64) -> list:
+def recorded(case: Case, backend: str, layout: str, shape: Shape = SMALL, dtype: torch.dtype = torch.float64) -> list:
     """Every call that the forward, backward and double backward of a case make."""
     x, n_segment, *others = make(case, shape, layout, dtype)
-    with Recorder() as recorder, tempops.backend("cpu"):
+    with Recorder() as recorder, tempops.backend(backend):
         outs = as_tuple(case.call(x, n_segment, *others))
         dins = torch.autograd.grad(outs, (x, *others), [random_like(o) for o in outs], create_graph=True)
         dins = [d for d in dins if d.requires_grad]
@@ -151,14 +151,15 @@ def detached(args):
 
 
 @cases
+@compiled
 @pytest.mark.parametrize("shape", (SMALL, SMALL._replace(N=0), Shape(1, 3, 8, 1, 1)), ids=str)
-def test_opcheck(case, shape):
+def test_opcheck(case, backend, shape):
     """Schema, fake tensors (shapes and strides) and autograd of every entry that a case reaches, in every layout."""
     for layout in layouts(case):
         if shape.N == 0 and "slice" in layout:
             continue  # PyTorch's checks cannot clone an empty tensor with gaps
         seen = set()
-        for func, args in recorded(case, layout, shape, torch.float32):
+        for func, args in recorded(case, backend, layout, shape, torch.float32):
             if func not in seen:
                 seen.add(func)
                 tests = ("test_faketensor", "test_autograd_registration")
@@ -175,7 +176,7 @@ def test_every_entry_differentiates():
     entries -= {"temporal_shift_"}  # raises instead: test_inplace.py
     reached = set()
     for case in CASES:
-        for func, args in recorded(case, layouts(case)[0]):
+        for func, args in recorded(case, "cpu", layouts(case)[0]):
             reached.add(func._schema.name.split("::")[1])
             out = func(*detached(args))
             assert any(o.requires_grad for o in as_tuple(out)), func
@@ -212,11 +213,18 @@ def test_memory_is_the_outputs(case, backend):
     x, n_segment, *others = make(case, Shape(1, 8, 64, 56, 56), layouts(case)[0], torch.float32)
 
     def extra(call, expected):
-        with torch.profiler.profile(profile_memory=True) as profile:
+        if x.is_cuda:
+            before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+            torch.cuda.reset_peak_memory_stats()
             results = call()
-        sizes = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0 and not e.cpu_children]
+            allocated = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+        else:
+            with torch.profiler.profile(profile_memory=True) as profile:
+                results = call()
+            sizes = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0 and not e.cpu_children]
+            allocated = sum(sizes)
         del results
-        return sum(sizes) - sum(t.numel() * t.element_size() for t in expected)
+        return allocated - sum(t.numel() * t.element_size() for t in expected)
 
     with tempops.backend(backend):
         with torch.no_grad():
@@ -308,14 +316,15 @@ def test_only_asked_for_gradients(case, backend):
 
 
 @cases
-def test_the_forward_chooses_the_back_end_of_every_derivative(case):
+@compiled
+def test_the_forward_chooses_the_back_end_of_every_derivative(case, backend):
     x, n_segment, *others = make(case, SMALL, layouts(case)[0])
-    for chosen, elsewhere in (("cpu", "eager"), ("eager", "cpu")):
+    for chosen, elsewhere in ((backend, "eager"), ("eager", backend)):
         with tempops.backend(chosen):
             outs = as_tuple(case.call(x, n_segment, *others))
         with Recorder() as recorder, tempops.backend(elsewhere):
             torch.autograd.grad(outs, (x, *others), [random_like(o) for o in outs], create_graph=True)
-        assert bool(recorder.calls) == (chosen == "cpu")
+        assert bool(recorder.calls) == (chosen == backend)
 
 
 @cases
@@ -344,15 +353,16 @@ def test_transforms(case):
 
 
 @cases
+@compiled
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-def test_compile(case, layout):
+def test_compile(case, backend, layout):
     if layout not in layouts(case):
         pytest.skip(f"{case} takes no {layout} input")
     torch._dynamo.reset()
     x, n_segment, *others = make(case, BASE, layout, torch.float32)
-    expected, dexpected, grads = run(case, "cpu", x, n_segment, *others)
+    expected, dexpected, grads = run(case, backend, x, n_segment, *others)
     call = torch.compile(case.call, fullgraph=True, backend="aot_eager")
-    with tempops.backend("cpu"):
+    with tempops.backend(backend):
         outs = as_tuple(call(x, n_segment, *others))
     dins = torch.autograd.grad(outs, (x, *others), grads)
     for mine, plain in zip((*outs, *dins), (*expected, *dexpected)):
@@ -364,7 +374,7 @@ def test_compile(case, layout):
 def test_autocast(case, backend):
     """The other floating arguments follow x; what behaves as conv2d follows autocast."""
     x, n_segment, *others = make(case, BASE, layouts(case)[0], torch.float32)
-    with tempops.backend(backend), torch.autocast("cpu", torch.bfloat16):
+    with tempops.backend(backend), torch.autocast(x.device.type, torch.bfloat16):
         out = as_tuple(case.call(x, n_segment, *others))[0]
         assert out.dtype == (torch.bfloat16 if case.autocasts else torch.float32)
         low = as_tuple(case.call(x.bfloat16(), n_segment, *others))[0]
@@ -383,10 +393,11 @@ def test_meta_and_fake(case):
 
 @compiled
 def test_memory_is_flat(backend):
-    """1,000 forward and backward passes of every op leave the process as large as 100 did."""
+    """1,000 forward and backward passes of every op leave the process as large as 100 did, and the GPU's memory too."""
     inputs = [(case, make(case, SMALL, layouts(case)[0], torch.float32)) for case in CASES if case.benchmark]
+    inputs = [(case, i) for case, i in inputs if why_not(backend, case.op, i[0].device.type) is None]
 
-    def passes(count: int) -> int:
+    def passes(count: int) -> tuple[int, int]:
         for _ in range(count):
             for case, (x, n_segment, *others) in inputs:
                 with tempops.backend(backend):
@@ -394,12 +405,14 @@ def test_memory_is_flat(backend):
                 torch.autograd.grad(out.sum(), x)
         gc.collect()
         with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+            process = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        return process, torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("needs /proc to know the size of the process")
-    before = passes(100)
-    assert passes(900) - before < 4 << 20
+    before, before_on_gpu = passes(100)
+    after, after_on_gpu = passes(900)
+    assert inputs and after - before < 4 << 20 and after_on_gpu == before_on_gpu
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="other processors have the baseline alone")
