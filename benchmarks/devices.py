@@ -30,6 +30,7 @@ class Cpu:
     sparsely = "at two shapes, one in each layout"
     compiled_last = False  # so that a run cut short has the rest
     minutes = math.inf  # after which a default run skips what is left
+    fits_pixels = False  # whether a kernel can keep the channels of a few pixels on chip, and read them once
     note = "Medians, all memory warm."
 
     SECONDS = 0.1  # of timed calls
@@ -87,6 +88,7 @@ class Cuda(Cpu):
     sparsely = "at two shapes, one in each layout; in bfloat16 at the first alone, with max-autotune too"
     compiled_last = True
     minutes = 7.5
+    fits_pixels = True
     note = "Device time: medians of graph replays, buffers taken in turn so that no call finds its data in the cache."
 
     ELEMENTS = 2**25

@@ -209,7 +209,7 @@ def inputs(device: devices.Cpu, point: Point) -> tuple[list[Set], int]:
     first = tensors()
     arguments = [first.x, *(other for other in first.others if isinstance(other, Tensor))]
     if direction == "forward":
-        again = [first.x] * case.rereads if layout == "contiguous" or device.type == "cpu" else []
+        again = [first.x] * case.rereads if layout == "contiguous" or not device.fits_pixels else []
         traffic = _bytes(*arguments, *outputs(first.x, first.others), *again)
     else:
         # The gradients of the arguments are as large as the arguments.
