@@ -147,15 +147,17 @@ def build() -> dict:
         "TEMPOPS_CUDA_ARCHITECTURES": " ".join(cuda_architectures()) if nvcc else "",
         "TEMPOPS_WHY_NO_CUDA": why_no_cuda,
     }
+    cpu = CppExtension(
+        "tempops._C_cpu",
+        sorted(str(path) for path in Path("csrc").glob("*/cpu.cpp")),
+        include_dirs=[csrc],
+        extra_compile_args=[*FLAGS, *LOOPS, *STABLE_ABI],
+        depends=headers,
+        py_limited_api=True,  # no Python symbols: C++ programs load it too
+    )
+    cpu.libraries = ["c10", "torch_cpu"]  # not libtorch, which a C++ program need not have loaded
     libraries = [
-        CppExtension(
-            "tempops._C_cpu",
-            sorted(str(path) for path in Path("csrc").glob("*/cpu.cpp")),
-            include_dirs=[csrc],
-            extra_compile_args=[*FLAGS, *LOOPS, *STABLE_ABI],
-            depends=headers,
-            py_limited_api=True,  # no Python symbols: C++ programs load it too
-        ),
+        cpu,
         Extension(
             "tempops._C",
             ["csrc/module.cpp"],
@@ -166,9 +168,10 @@ def build() -> dict:
         ),
     ]
 
+    cuda_sources = sorted(str(path) for path in Path("csrc").glob("*/cuda.cu"))
     if nvcc is not None:
-        sources = sorted(str(path) for path in Path("csrc").glob("*/cuda.cu"))
-        libraries.append(Extension("tempops._C_cuda", sources, depends=headers, py_limited_api=True))
+        # Without sources: PyTorch's own build of .cu files asks for a CUDA build of PyTorch, and is not used.
+        libraries.append(Extension("tempops._C_cuda", [], depends=[*headers, *cuda_sources], py_limited_api=True))
 
     class KeepObjects(BuildExtension):
         """Compiles only what changed since the last build, where pip's editable builds would start afresh."""
@@ -181,7 +184,7 @@ def build() -> dict:
             if extension.name != "tempops._C_cuda":
                 return super().build_extension(extension)
             target = Path(self.get_ext_fullpath(extension.name))
-            build_cuda(nvcc, extension.sources, target, Path(self.build_temp, "cuda"))
+            build_cuda(nvcc, cuda_sources, target, Path(self.build_temp, "cuda"))
 
     return {"ext_modules": libraries, "cmdclass": {"build_ext": KeepObjects}}
 
