@@ -1,5 +1,6 @@
 """Inputs for a case: every layout, every shape that has broken a kernel of this kind before."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from tempops.ops._contract import Shape
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-COMPILED = ("cpu",)  # the back ends that are compared with eager
+# The back ends that are compared with eager: without a GPU, Triton's kernels run in its interpreter, and slowly.
+COMPILED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cpu",)
 
 BASE = Shape(2, 4, 16, 7, 7)
 SHAPES = (

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from cases import CASES
-from inputs import LAYOUTS, SHAPES, make
+from inputs import COMPILED, LAYOUTS, SHAPES, make
 
 import tempops
 
 SHIFT = CASES[0]
 MODES = ("bidirectional", "reversed", "causal")
-backends = pytest.mark.parametrize("backend", ("eager", "cpu"))
+backends = pytest.mark.parametrize("backend", ("eager", *COMPILED))
 
 
 @backends
