@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops._contract import DTYPES, checked, clip_shape, empty_clips, is_channels_last, memory_format, register_in
+from ..ops._contract import DTYPES, checked, clip_shape, empty_clips, is_channels_last, register_in
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -42,7 +42,11 @@ def entry(implementation: Callable) -> Callable:
     else:
         torch.library.triton_op(qualified, runs, mutates_args=(), schema=schema)
     register_in("tempops_triton", name)
+    entries[name] = checked(name, implementation)
     return implementation
+
+
+entries: dict[str, Callable] = {}  # for tools that run them on tensors without memory
 
 
 def inplace_entry(implementation: Callable) -> Callable:
@@ -218,6 +222,39 @@ def power_of_two(n: int, most: int) -> int:
     return power
 
 
+class Tiles(NamedTuple):
+    """How frames are cut where a program adds up pixels: into tiles of some channels by some pixels.
+
+    `channels` by `pixels` elements; `blocks` tiles along the channels, `chunks` along the pixels.
+    """
+
+    channels: int
+    pixels: int
+    blocks: int
+    chunks: int
+
+    @property
+    def constants(self) -> dict:
+        return {"CHANNELS": self.channels, "PIXELS": self.pixels}
+
+
+def tiles(x: Clips, channels: int = 32, elements: int = BLOCK) -> Tiles:
+    """Tiles of `elements`: at least a row of pixels (planar), `channels` where these are adjacent (channels_last)."""
+    if x.channels_last:
+        channels = power_of_two(x.C, channels)
+        pixels = elements // channels
+    else:
+        pixels = power_of_two(x.P, elements)
+        channels = elements // pixels
+    return Tiles(channels, pixels, cdiv(x.C, channels), cdiv(x.P, pixels))
+
+
+def partial_sums(x: Clips, *sizes: int) -> Tensor:
+    """Memory for sums, in the type in which x is added up."""
+    dtype = torch.float64 if x.tensor.dtype == torch.float64 else torch.float32
+    return torch.empty(sizes, dtype=dtype, device=x.tensor.device)
+
+
 @triton.jit
 def wide(value):
     """A value in the type in which it is computed with: float64 for float64, else float32."""
@@ -267,3 +304,51 @@ def pixel(i, length, CHANNELS_LAST: tl.constexpr):
 def within(i, size, present):
     """i < size where `present` holds, else False. As one comparison, which a wide load can be masked with."""
     return i < tl.where(present, size, 0)
+
+
+@triton.jit
+def tile(C, P, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """What a program that adds up pixels has: its row of programs, its chunk of the pixels, channels and pixels."""
+    blocks, chunks = tl.cdiv(C, CHANNELS), tl.cdiv(P, PIXELS)
+    chunk = tl.program_id(0) % chunks
+    rest = tl.program_id(0) // chunks
+    c = (rest % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    p = chunk * PIXELS + tl.arange(0, PIXELS)
+    return (rest // blocks).to(tl.int64), chunk, c, p
+
+
+@triton.jit
+def total_kernel(
+    out, parts, factor, kernels, rows, per_factor, K, C, group,
+    PER_CLIP: tl.constexpr, FACTOR: tl.constexpr, ELEMENTS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """out [kernels, K] from parts [.., K, C]: kernel i of a clip adds up its `rows` rows and its `group` channels.
+
+    Row r counts factor[r // per_factor, c] times. In float64 and in a fixed order.
+    """
+    e = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    i, k = e % kernels, e // kernels
+    first = (i // C).to(tl.int64) * rows if PER_CLIP else tl.zeros([ELEMENTS], tl.int64)
+    begin = i % C if PER_CLIP else i * group
+    inside = (e < kernels * K)[:, None]
+    sums = tl.zeros([ELEMENTS, TERMS], tl.float64)
+    terms = rows * group
+    for at in range(0, tl.cdiv(terms, TERMS)):
+        term = at * TERMS + tl.arange(0, TERMS)
+        mask = inside & (term < terms)[None, :]
+        row = first[:, None] + (term // group)[None, :]
+        c = begin[:, None] + (term % group)[None, :]
+        value = tl.load(parts + (row * K + k[:, None]) * C + c, mask=mask, other=0).to(tl.float64)
+        if FACTOR:
+            value *= tl.load(factor + row // per_factor * C + c, mask=mask, other=0).to(tl.float64)
+        sums += value
+    tl.store(out + i * K + k, wide_as(tl.sum(sums, 1), out), mask=e < kernels * K)
+
+
+@triton.jit
+def wide_as(value, out):
+    """A float64 on its way to `out`: by way of float32 where out is narrower, as there is no shorter one."""
+    if out.dtype.element_ty == tl.float64:
+        return value
+    else:
+        return value.to(tl.float32)
