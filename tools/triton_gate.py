@@ -1,7 +1,7 @@
 """Compiles every Triton kernel, or those of the ops that are named, for 8.0 and 9.0 as the tests' cases launch it.
 
 Needs Triton, no GPU. The ops run on tensors without memory; in place of a launch the kernel is compiled, for the
-arguments' types and for what Triton would find out about their values. Fails where a kernel has a stack or spills
+arguments' types and for what Triton would find out about their values. Fails where a kernel has local memory or spills
 registers, and where one that is to move 16 bytes at a time does not.
 """
 
@@ -29,11 +29,14 @@ from tempops.triton import _common
 
 SHAPE = Shape(2, 8, 64, 16, 16)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+SPILLED = 16  # bytes: ptxas puts a number or two aside around a whole loop, which costs nothing
+
 # Kernels some of whose variants have no wide loads or stores, and why.
 NARROW = {
     "total_kernel": ("ld", "st"),  # a few numbers
     "gate_kernel": ("ld", "st"),  # a few numbers
     "conv_backward_kernel": ("st",),  # without dx, it writes sums only
+    "bidirectional_weight_kernel": ("st",),  # it writes sums only
     "cosine_kernel": ("st",),  # the similarity is one number a pixel
     "gradient_kernel": ("ld",),  # neighbours read the same window's gradient
 }
@@ -99,7 +102,7 @@ def launches() -> list[tuple]:
 
 
 def compiled(job: tuple[int, int]) -> tuple:
-    """Of one launch and architecture: registers, shared memory, local memory, and its widest load and store."""
+    """Of one launch and architecture: registers, shared, local and spilled memory, widest load and store."""
     index, architecture = job
     kernel, signature, constants, attributes, options = LAUNCHES[index]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -116,8 +119,8 @@ def compiled(job: tuple[int, int]) -> tuple:
         found += [("", "128")] if access == "ld" and "cp.async.cg.shared.global" in ptx else []
         return max((int(v[2:] or 1) * int(bits) // 8 for v, bits in found), default=0)
 
-    local = usage["STACK"] + usage["LOCAL"] + len(re.findall(r"\b(?:ld|st)\.local|\.local \.", ptx))
-    return usage["REG"], result.metadata.shared, local, widest("ld"), widest("st")
+    local = len(re.findall(r"\b(?:ld|st)\.local|\.local \.", ptx))
+    return usage["REG"], result.metadata.shared, local, usage["STACK"] + usage["LOCAL"], widest("ld"), widest("st")
 
 
 LAUNCHES = launches()
@@ -129,7 +132,7 @@ def main() -> None:
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         rows = list(pool.map(compiled, jobs))
     print(
-        f"{'kernel':32}{'element':>8}{'arch':>6}{'variants':>9}{'registers':>11}{'shared':>8}{'local':>7}{'load':>6}{'store':>6}"
+        f"{'kernel':32}{'element':>8}{'arch':>6}{'variants':>9}{'registers':>11}{'shared':>8}{'local':>7}{'spilled':>9}{'load':>6}{'store':>6}"
     )
     table = {}
     for (index, architecture), row in zip(jobs, rows):
@@ -138,15 +141,17 @@ def main() -> None:
         table.setdefault((kernel.__name__, element, architecture), []).append(row)
     failed = []
     for (name, element, architecture), found in table.items():
-        registers, shared, local, load, store = zip(*found)
-        line = f"{name:32}{element:>8}{architecture / 10:6}{len(found):9}{max(registers):11}{max(shared):8}{sum(local):7}{min(load):6}{min(store):6}"
+        registers, shared, local, spilled, load, store = zip(*found)
+        line = f"{name:32}{element:>8}{architecture / 10:6}{len(found):9}{max(registers):11}{max(shared):8}{max(local):7}{max(spilled):9}{min(load):6}{min(store):6}"
         print(line)
         narrow = NARROW.get(name, ())
         wide = [min(widths) >= 16 for access, widths in (("ld", load), ("st", store)) if access not in narrow]
-        if sum(local) or not all(wide):
+        if max(local) or max(spilled) > SPILLED or not all(wide):
             failed.append(line)
     if failed:
-        sys.exit("\n".join(["local memory, or accesses of less than 16 bytes:", *failed]))
+        sys.exit(
+            "\n".join(["local memory, more than a few bytes spilled, or accesses of less than 16 bytes:", *failed])
+        )
 
 
 if __name__ == "__main__":

@@ -135,11 +135,20 @@ class Clips(NamedTuple):
         return self.tensor, self.sn, self.st, self.sc, self.sp
 
 
-def clips(x: Tensor, n_segment: int | None, like: Clips | None = None, name: str = "grad") -> Clips:
+def clips(
+    x: Tensor,
+    n_segment: int | None,
+    like: Clips | None = None,
+    name: str = "grad",
+    *,
+    channels_last: bool | None = None,
+) -> Clips:
     """Reads a tensor, in place where its strides allow; `like` asks for that one's layout, shape, dtype and device."""
     if like is not None:
         check_like(x, like.tensor, name)
-    channels_last = is_channels_last(x) if like is None else like.channels_last
+        channels_last = like.channels_last
+    if channels_last is None:
+        channels_last = is_channels_last(x)
     if not _readable(x, channels_last):
         x = x.contiguous(memory_format=_format(x, channels_last))
     return _view(x, n_segment, channels_last)
