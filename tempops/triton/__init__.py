@@ -2,10 +2,12 @@
 
 from . import (  # noqa: F401
     bidirectional_difference,
+    channel_motion_gate,
     cosine_gate,
     frame_difference,
     motion_attention,
     motion_enhance,
+    shift_conv1x1,
     temporal_conv,
     temporal_shift,
 )

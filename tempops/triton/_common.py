@@ -150,14 +150,14 @@ def clips(
     if channels_last is None:
         channels_last = is_channels_last(x)
     if not _readable(x, channels_last):
-        x = x.contiguous(memory_format=_format(x, channels_last))
-    return _view(x, n_segment, channels_last)
+        x = x.contiguous(memory_format=format_of(x, channels_last))
+    return view(x, n_segment, channels_last)
 
 
 def empty_like(x: Clips, n_segment: int | None, **sizes: int) -> Clips:
     """An uninitialised tensor in the layout of x, with the named sizes (T, C, H, W) replaced."""
     y = empty_clips(x.tensor, n_segment, **sizes)
-    return _view(y, sizes.get("T", n_segment) if y.dim() == 4 else None, x.channels_last)
+    return view(y, sizes.get("T", n_segment) if y.dim() == 4 else None, x.channels_last)
 
 
 def nothing(x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def check_like(x: Tensor, like: Tensor, name: str, shape: tuple | None = None) -
         raise RuntimeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
-def _format(x: Tensor, channels_last: bool) -> torch.memory_format:
+def format_of(x: Tensor, channels_last: bool) -> torch.memory_format:
     if not channels_last:
         return torch.contiguous_format
     return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
@@ -193,7 +193,7 @@ def _readable(x: Tensor, channels_last: bool) -> bool:
     return step(1, 1) and (x.size(w) <= 1 or step(h, x.size(w) * x.stride(w)))
 
 
-def _view(x: Tensor, n_segment: int | None, channels_last: bool) -> Clips:
+def view(x: Tensor, n_segment: int | None, channels_last: bool) -> Clips:
     n, t, c, h, w = clip_shape(x, n_segment)
     if c * h * w >= 2**31:
         raise RuntimeError("frames of 2^31 elements or more are not supported")
