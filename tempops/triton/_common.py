@@ -6,8 +6,9 @@ a pixel's C channels (channels_last). Programs walk T, so that a frame is read f
 """
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import triton
@@ -35,12 +36,12 @@ def entry(implementation: Callable) -> Callable:
     torch.compile sees the kernels inside, except those of the interpreter; torch.export keeps the entry.
     """
     name = implementation.__name__
-    qualified, schema = f"tempops_triton::{name}", _schema(name)
     runs = checked(name, _on_its_device(implementation))
+    runs.__signature__ = _signature(name)
     if INTERPRETED:
-        torch.library.custom_op(qualified, runs, mutates_args=(), schema=schema)
+        torch.library.custom_op(f"tempops_triton::{name}", runs, mutates_args=())
     else:
-        torch.library.triton_op(qualified, runs, mutates_args=(), schema=schema)
+        torch.library.triton_op(f"tempops_triton::{name}", runs, mutates_args=())
     register_in("tempops_triton", name)
     entries[name] = checked(name, implementation)
     return implementation
@@ -52,7 +53,8 @@ entries: dict[str, Callable] = {}  # for tools that run them on tensors without 
 def inplace_entry(implementation: Callable) -> Callable:
     """Registers an entry that changes its first argument. No tracer meets one: compilers have no in-place."""
     name = implementation.__name__
-    _library.define(f"{name}{_schema(name)}")
+    schema = str(_schema(name))
+    _library.define(name + schema[schema.index("(") :])
     _library.impl(name, checked(name, _on_its_device(implementation)), "CompositeExplicitAutograd")
     register_in("tempops_triton", name)
     return implementation
@@ -61,9 +63,31 @@ def inplace_entry(implementation: Callable) -> Callable:
 _library = torch.library.Library("tempops_triton", "FRAGMENT")  # a registration lasts as long as its Library
 
 
-def _schema(name: str) -> str:
-    schema = str(getattr(torch.ops.tempops, name).default._schema)
-    return schema[schema.index("(") :]
+def _schema(name: str) -> torch.FunctionSchema:
+    return getattr(torch.ops.tempops, name).default._schema
+
+
+def _signature(name: str) -> inspect.Signature:
+    """The schema of an entry as triton_op reads it, from annotations."""
+    kinds = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str}
+
+    def annotation(kind: str) -> object:
+        optional = kind.startswith("Optional[")
+        return Optional[kinds[kind[9:-1]]] if optional else kinds[kind]  # noqa: UP045, the form that torch 2.11 reads
+
+    parameters = []
+    for argument in _schema(name).arguments:
+        default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
+        parameters.append(
+            inspect.Parameter(
+                argument.name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=default,
+                annotation=annotation(str(argument.type)),
+            )
+        )
+    results = (Tensor,) * len(_schema(name).returns)
+    return inspect.Signature(parameters, return_annotation=Tensor if len(results) == 1 else tuple[results])
 
 
 def _on_its_device(implementation: Callable) -> Callable:
