@@ -104,7 +104,8 @@ for case in CASES:
         for node in launches:
             written = [node.kwargs["kwargs"][name] for name in node.kwargs["tensors_to_clone"]]
             # In memory of the entry's own, or in what an earlier kernel made of it.
-            assert written and all(re.search("empty|getitem", str(tensor.target)) for tensor in written), (case, written)
+            assert written, case
+            assert all(re.search("empty|getitem", str(tensor.target)) for tensor in written), (case, written)
 print("seen")
 """
 
