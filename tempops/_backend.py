@@ -14,9 +14,6 @@ from . import _C
 
 BACKENDS = ("eager", "cpu", "cuda", "triton")
 
-# The torch.ops namespaces that hold compiled ops. C++ CPU and CUDA kernels share one: the tensor's device decides.
-NAMESPACES = ("tempops",)
-
 
 class _Choice:
     """What was asked for; None for the automatic choice. A plain attribute: torch.compile guards on it."""
@@ -58,12 +55,34 @@ def _load_cuda() -> str | None:
 _cuda_missing = _load_cuda()
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def _load_triton() -> str | None:
+    """Imports the Triton ops, when they are asked for first; returns why they could not be, or None."""
+    try:
+        from . import triton  # noqa: F401
+    except ModuleNotFoundError as error:
+        return "Triton is not installed" if error.name == "triton" else f"Triton does not import: {error}"
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _triton_interprets() -> bool:
+    """Whether the Triton kernels, which are loaded, run in Triton's interpreter (TRITON_INTERPRET=1)."""
+    from . import triton
+
+    return triton.INTERPRETED
+
+
 def why_not(name: str) -> str | None:
     """Why the back end cannot be used here, in a few words; None where it can."""
+    no_gpu = None if torch.cuda.is_available() else "PyTorch finds no GPU"
     if name == "cuda":
-        return _cuda_missing or (None if torch.cuda.is_available() else "PyTorch finds no GPU")
+        return _cuda_missing or no_gpu
     if name == "triton":
-        return "this version of tempops has no Triton kernels"
+        return _load_triton() or (None if _triton_interprets() else no_gpu)
     return None
 
 
@@ -80,8 +99,18 @@ def why_not_on_cuda(op: str) -> str | None:
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def _warn_of_eager(op: str) -> None:
-    warnings.warn(f"tempops.{op} runs in eager PyTorch on the GPU: {why_not_on_cuda(op)}", stacklevel=3)
+def _on_cuda(op: str) -> str | None:
+    """The namespace that runs an op on a GPU where nobody chose; None, with a warning the first time, for eager.
+
+    A choice by dtype, layout or size belongs here.
+    """
+    if why_not_on_cuda(op) is None:
+        return "tempops"
+    if _load_triton() is None:
+        return "tempops_triton"
+    reasons = f"{why_not_on_cuda(op)}; {_load_triton()}"
+    warnings.warn(f"tempops.{op} runs in eager PyTorch on the GPU: {reasons}", stacklevel=3)
+    return None
 
 
 def _check(name: str, source: str) -> str:
@@ -121,18 +150,22 @@ def namespace(x: Tensor, op: str) -> str | None:
     chosen = _choice.name
     device = x.device.type
     if chosen is None:
-        if device == "cuda" and why_not_on_cuda(op):
-            _warn_of_eager(op)
-            return None
-        return "tempops" if device in ("cpu", "cuda", "meta") else None
+        if device == "cuda":
+            return _on_cuda(op)
+        return "tempops" if device in ("cpu", "meta") else None
     if chosen == "eager":
         return None
-    if device not in (chosen, "meta"):
+    takes = (chosen, "meta")
+    if chosen == "triton":
+        takes = ("cuda", "cpu", "meta") if _triton_interprets() else ("cuda", "meta")
+    if device not in takes:
         raise RuntimeError(f"the back end {chosen!r} does not take {device} tensors")
     if chosen == "cuda" and why_not_on_cuda(op):
         raise RuntimeError(f"the back end 'cuda' is not available: {why_not_on_cuda(op)}")
-    return "tempops"
+    return "tempops_triton" if chosen == "triton" else "tempops"
 
 
-if os.environ.get("TEMPOPS_BACKEND"):
-    _choice.name = _check(os.environ["TEMPOPS_BACKEND"], "TEMPOPS_BACKEND")
+def choose_from_environment() -> None:
+    """Makes the choice of TEMPOPS_BACKEND; called when the ops are there."""
+    if os.environ.get("TEMPOPS_BACKEND"):
+        _choice.name = _check(os.environ["TEMPOPS_BACKEND"], "TEMPOPS_BACKEND")

@@ -1,5 +1,6 @@
 """Inputs for a case: every layout, every shape that has broken a kernel of this kind before."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,10 @@ from tempops.ops._contract import Shape
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 GPU = ("cuda", "triton")
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"))
-COMPILED = ("cpu", *(pytest.param(name, marks=on_gpu) for name in GPU))  # the back ends that are compared with eager
+# The back ends that are compared with eager: without a GPU, Triton's kernels run in its interpreter, and slowly.
+COMPILED = ("cpu", *(pytest.param(name, marks=on_gpu) for name in GPU))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    COMPILED = ("triton",)
 DEVICE = "cpu"  # where `make` puts tensors; tests/conftest.py sets it for a test of a GPU's back end
 
 BASE = Shape(2, 4, 16, 7, 7)

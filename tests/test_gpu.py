@@ -1,13 +1,14 @@
 """What only a GPU can show, beside the tests of the ops that run there too: `pytest -m gpu`."""
 
+import itertools
 from pathlib import Path
 
 import inputs
 import pytest
 import torch
 from cases import CASES
-from inputs import BASE, GPU, as_tuple, layouts, make
-from test_ops import assert_as_good_as_eager, random_like
+from inputs import BASE, DTYPES, GPU, as_tuple, layouts, make
+from test_ops import assert_as_good_as_eager, random_like, run
 
 import tempops
 from tempops import _backend
@@ -142,9 +143,42 @@ def test_second_device(case, backend):
         assert_as_good_as_eager(case, backend, make(case, BASE, layout, torch.float32, device="cuda:1"))
 
 
-def test_two_devices_raise():
+@cases
+def test_triton_agrees_with_cuda(case):
+    """Two implementations of their own: moves bit for bit, the others within a few units of the largest value."""
+    for layout, dtype in itertools.product(layouts(case), DTYPES):
+        inputs = make(case, BASE, layout, dtype, device="cuda")
+        outs, dins, grads = run(case, "triton", *inputs)
+        expected_outs, expected_dins, _ = run(case, "cuda", *inputs, grads=grads)
+        for mine, expected in zip((*outs, *dins), (*expected_outs, *expected_dins)):
+            unit = 0 if case.moves else 16 * torch.finfo(dtype).eps * expected.double().abs().max()
+            assert (mine.double() - expected.double()).abs().max() <= unit, (layout, dtype)
+
+
+@backends
+def test_inductor(backend):
+    """The ops between other work, as torch.compile runs them: Inductor sees Triton's kernels themselves."""
+    x, n_segment, weight = make(
+        next(case for case in CASES if case.name == "temporal_conv"), BASE, "contiguous", torch.float32, device="cuda"
+    )
+
+    def call(x, weight):
+        return (tempops.temporal_conv(tempops.temporal_shift(x * 2, n_segment), weight, n_segment) + 1).relu()
+
+    torch._dynamo.reset()
+    with tempops.backend(backend):
+        out = torch.compile(call, fullgraph=True)(x, weight)
+        expected = call(x, weight)
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.sum(), (x, weight))
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), (x, weight)))
+
+
+@backends
+def test_two_devices_raise(backend):
+    ops = torch.ops.tempops if backend == "cuda" else torch.ops.tempops_triton
     x = torch.randn(8, 4, 3, 3, device="cuda")
-    with pytest.raises(ValueError, match="forward must be on x's device"):
+    with tempops.backend(backend), pytest.raises(ValueError, match="forward must be on x's device"):
         tempops.motion_attention(x, x.cpu(), x)
     with pytest.raises(RuntimeError, match="forward must be on x's device"):
-        torch.ops.tempops.motion_attention(x, x.cpu(), x)
+        ops.motion_attention(x, x.cpu(), x)

@@ -222,17 +222,22 @@ def register(
     backward: Callable | None = None,
     check: Callable | None = None,
 ) -> None:
-    """Gives the entry `name` of every compiled namespace its fake and, with `backward`, its derivative.
+    """Gives the entry `name` of torch.ops.tempops its fake and, with `backward`, its derivative.
 
     `backward(ops, ctx, *grads)` gets the namespace that ran the forward, so that one back end runs every order.
     `check` is run on fake tensors first, so that tracing bad input fails as running it would.
+    Other namespaces that have the entry get the same by `register_in`.
     """
-    for namespace in _backend.NAMESPACES:
+
+    def give(namespace: str) -> None:
         entry = f"{namespace}::{name}"
-        torch.library.register_fake(entry, _checked(entry, fake, check))
+        torch.library.register_fake(entry, checked(name, fake))
         if backward is not None:
             formula = functools.partial(_without_autocast, functools.partial(backward, getattr(torch.ops, namespace)))
             torch.library.register_autograd(entry, formula, setup_context=setup_context)
+
+    _checks[name], _registrations[name] = check, give
+    give("tempops")
 
 
 def register_inplace(name: str, *, check: Callable) -> None:
@@ -241,18 +246,19 @@ def register_inplace(name: str, *, check: Callable) -> None:
     The argument's version is bumped, and a call that would need a gradient raises: entries of torch.ops with schema
     ``-> ()`` have none. The public function differentiates.
     """
-    for namespace in _backend.NAMESPACES:
-        torch.library.register_fake(f"{namespace}::{name}", _checked(f"{namespace}::{name}", lambda *args: None, check))
+
+    def give(namespace: str) -> None:
+        torch.library.register_fake(f"{namespace}::{name}", checked(name, lambda *args: None))
         entry = getattr(getattr(torch.ops, namespace), name).default
         library = torch.library.Library(namespace, "IMPL")
 
-        def no_gradient(keyset, x, *args, entry=entry):
+        def no_gradient(keyset, x, *args):
             if torch.is_grad_enabled() and x.requires_grad:
                 raise RuntimeError(f"torch.ops.{entry.name().replace('::', '.')} has no gradient; call tempops.{name}")
             with torch._C._AutoDispatchBelowAutograd():
                 entry.redispatch(keyset & torch._C._after_autograd_keyset, x, *args)
 
-        def bump_version(keyset, x, *args, entry=entry):
+        def bump_version(keyset, x, *args):
             torch.autograd.graph.increment_version(x)
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 entry.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, x, *args)
@@ -261,7 +267,17 @@ def register_inplace(name: str, *, check: Callable) -> None:
         library.impl(name, bump_version, "ADInplaceOrView", with_keyset=True)
         _libraries.append(library)
 
+    _checks[name], _registrations[name] = check, give
+    give("tempops")
 
+
+def register_in(namespace: str, name: str) -> None:
+    """Gives the entry `name` of another namespace what the one of torch.ops.tempops has."""
+    _registrations[name](namespace)
+
+
+_checks: dict[str, Callable | None] = {}
+_registrations: dict[str, Callable[[str], None]] = {}
 _libraries: list[torch.library.Library] = []  # a registration lasts as long as its Library
 
 
@@ -270,20 +286,21 @@ def needs(ctx, count: int) -> tuple[bool, ...]:
     return (*ctx.needs_input_grad, *[False] * (count - len(ctx.needs_input_grad)))
 
 
-def _checked(entry: str, fake: Callable, check: Callable | None) -> Callable:
-    namespace, name = entry.split("::")
-    defaults = [a.default_value for a in getattr(getattr(torch.ops, namespace), name).default._schema.arguments]
+def checked(name: str, implementation: Callable) -> Callable:
+    """The implementation of an entry behind the check of its arguments, with all of them given."""
+    defaults = [a.default_value for a in getattr(torch.ops.tempops, name).default._schema.arguments]
 
-    def checked(*args):
+    @functools.wraps(implementation)
+    def wrapper(*args):
         args = (*args, *defaults[len(args) :])  # the dispatcher leaves out arguments that equal their default
         try:
-            if check is not None:
-                check(*args)
+            if _checks[name] is not None:
+                _checks[name](*args)
         except (TypeError, ValueError) as error:
             raise RuntimeError(str(error)) from None
-        return fake(*args)
+        return implementation(*args)
 
-    return checked
+    return wrapper
 
 
 def _without_autocast(formula: Callable, ctx, *grads):

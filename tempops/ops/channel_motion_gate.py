@@ -156,4 +156,10 @@ register(
     setup_context=_save,
     backward=_backward,
 )
-register("channel_motion_gate_backward", _fake_backward, setup_context=_save_backward, backward=_double_backward)
+register(
+    "channel_motion_gate_backward",
+    _fake_backward,
+    check=lambda grad, pooled, w1, w2, w3, output, n_segment, *needed: _check(pooled, w1, w2, w3, n_segment),
+    setup_context=_save_backward,
+    backward=_double_backward,
+)

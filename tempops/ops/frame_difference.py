@@ -67,6 +67,14 @@ def _fake_backward(dy: Tensor, n_frames: int, pool: int, height: int, width: int
     return empty_clips(dy, 1, C=dy.size(1) // (n_frames - 1) * n_frames, H=height, W=width)
 
 
+def _check_backward(dy, n_frames, pool, height, width) -> None:
+    check_tensor("grad", dy)
+    check_int("n_frames", n_frames, least=2)
+    check_int("pool", pool, least=1)
+    if dy.dim() != 4 or dy.size(1) % (n_frames - 1) or dy.size(2) != height // pool or dy.size(3) != width // pool:
+        raise ValueError(f"grad must be [M, (F-1)*C, {height // pool}, {width // pool}], got {list(dy.shape)}")
+
+
 def _save_arguments(ctx, inputs, output) -> None:
     x, ctx.n_frames, ctx.pool = inputs
     ctx.size = x.shape[2:]
@@ -86,4 +94,10 @@ def _double_backward(ops, ctx, ddx: Tensor):
 
 # The op is linear: its backward is its transpose, and the backward's backward is the op.
 register("frame_difference", _fake, check=_check, setup_context=_save_arguments, backward=_backward)
-register("frame_difference_backward", _fake_backward, setup_context=_save_backward_arguments, backward=_double_backward)
+register(
+    "frame_difference_backward",
+    _fake_backward,
+    check=_check_backward,
+    setup_context=_save_backward_arguments,
+    backward=_double_backward,
+)

@@ -99,4 +99,10 @@ def _fake(x, forward, backward, centered=False):
 
 
 register("motion_attention", _fake, check=_check, setup_context=_save, backward=_backward)
-register("motion_attention_backward", _fake_backward, setup_context=_save_backward, backward=_double_backward)
+register(
+    "motion_attention_backward",
+    _fake_backward,
+    check=lambda dy, *arguments: _check(*arguments[:4]),
+    setup_context=_save_backward,
+    backward=_double_backward,
+)

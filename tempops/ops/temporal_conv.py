@@ -94,6 +94,12 @@ def _fake_backward(dy, x, weight, n_segment, gate, need_x, need_weight, need_gat
     )
 
 
+def _check_backward(dy, x, weight, n_segment, gate, need_x, need_weight, need_gate) -> None:
+    _check(x, weight, n_segment, gate)
+    if need_gate and gate is None:
+        raise ValueError("gate is None, so it has no gradient")
+
+
 def _save(ctx, inputs, output) -> None:
     x, weight, ctx.n_segment, gate = inputs
     ctx.save_for_backward(x, weight, gate)
@@ -144,4 +150,10 @@ register(
     setup_context=_save,
     backward=_backward,
 )
-register("temporal_conv_backward", _fake_backward, setup_context=_save_backward, backward=_double_backward)
+register(
+    "temporal_conv_backward",
+    _fake_backward,
+    check=_check_backward,
+    setup_context=_save_backward,
+    backward=_double_backward,
+)

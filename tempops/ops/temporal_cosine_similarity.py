@@ -114,6 +114,7 @@ register("temporal_cosine_similarity", _fake, check=check_similarity, setup_cont
 register(
     "temporal_cosine_similarity_backward",
     lambda ds, x, n_segment, eps: empty_clips(x, n_segment),
+    check=lambda ds, *arguments: check_similarity(*arguments),
     setup_context=_save,
     backward=_double_backward,
 )

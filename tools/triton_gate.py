@@ -1,0 +1,164 @@
+"""Compiles every Triton kernel, or those of the ops that are named, for 8.0 and 9.0 as the tests' cases launch it.
+
+Needs Triton, no GPU. The ops run on tensors without memory; in place of a launch the kernel is compiled, for the
+arguments' types and for what Triton would find out about their values. Fails where a kernel has local memory or spills
+registers, and where one that is to move 16 bytes at a time does not.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cases import CASES
+from inputs import as_tuple, make
+
+from tempops import _backend
+from tempops.ops._contract import Shape
+from tempops.triton import _common
+
+SHAPE = Shape(2, 8, 128, 16, 16)
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+SPILLED = 16  # bytes: ptxas puts a number or two aside around a whole loop, which costs nothing
+
+# Kernels, or those of one element type, some of whose variants have no wide loads or stores, and why.
+NARROW = {
+    "total_kernel": ("ld", "st"),  # a few numbers
+    "gate_kernel": ("ld", "st"),  # a few numbers
+    "mix_kernel": ("ld", "st"),  # the few features of a clip
+    "rows_kernel": ("ld", "st"),
+    "mix_backward_kernel": ("ld", "st"),
+    "conv_backward_kernel": ("st",),  # without dx, it writes sums only
+    "bidirectional_weight_kernel": ("st",),  # it writes sums only
+    "cosine_kernel": ("st",),  # the similarity is one number a pixel
+    "gradient_kernel": ("ld",),  # neighbours read the same window's gradient
+    "product_kernel fp32": ("ld",),  # Hopper multiplies tf32 K first: what lies otherwise is turned by 4-byte copies
+    "weight_kernel fp32": ("ld",),
+}
+
+
+class Entries(TorchDispatchMode):
+    """Runs the Triton entries themselves on tensors without memory."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tempops_triton":
+            return _common.entries[func._schema.name.split("::")[1]](*args)
+        return func(*args, **(kwargs or {}))
+
+
+class Launch:
+    """Stands in for a wrapped kernel and keeps what it is launched with, by what Triton compiles for."""
+
+    kept: dict[str, tuple] = {}  # noqa: RUF012
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **named):
+        values = dict(zip(self.kernel.arg_names, args)) | named
+        options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+        signature, constants, attributes = {}, {}, {}
+        for place, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], attributes[(place,)] = f"*{DTYPES[value.dtype]}", [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+        what = (self.kernel, signature, constants, attributes, options)
+        Launch.kept[f"{self.kernel.__name__} {what[1:]}"] = what
+
+
+def launches() -> list[tuple]:
+    """What all cases launch, forward, backward and double backward."""
+    torch.library.wrap_triton = Launch
+    _backend._choice.name = "triton"
+    for case in CASES:
+        if sys.argv[1:] and case.name.split("-")[0] not in sys.argv[1:]:
+            continue
+        shape = SHAPE._replace(C=160) if case.channel_divisor == 5 else SHAPE
+        layouts = ("contiguous",) if case.ranks == (2,) else ("contiguous", "channels_last")
+        for layout in layouts:
+            for dtype in (torch.float32, torch.bfloat16):
+                x, n_segment, *others = make(case, shape, layout, dtype)
+                x, *others = (a.detach().to("meta").requires_grad_() for a in (x, *others))
+                with Entries():
+                    outs = as_tuple(case.call(x, n_segment, *others))
+                    torch.autograd.grad(outs, (x, *others), [torch.empty_like(out) for out in outs])
+    return list(Launch.kept.values())
+
+
+def compiled(job: tuple[int, int]) -> tuple:
+    """Of one launch and architecture: registers, shared, local and spilled memory, widest load and store."""
+    index, architecture = job
+    kernel, signature, constants, attributes, options = LAUNCHES[index]
+    source = ASTSource(kernel, signature, constants, attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(result.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    ptx = result.asm["ptx"]
+
+    def widest(access: str) -> int:
+        found = re.findall(rf"\b{access}\.global\S*?((?:\.v\d)?)\.[bf](\d+)", ptx)
+        found += [("", "128")] if access == "ld" and "cp.async.cg.shared.global" in ptx else []
+        return max((int(v[2:] or 1) * int(bits) // 8 for v, bits in found), default=0)
+
+    local = len(re.findall(r"\b(?:ld|st)\.local|\.local \.", ptx))
+    return usage["REG"], result.metadata.shared, local, usage["STACK"] + usage["LOCAL"], widest("ld"), widest("st")
+
+
+LAUNCHES = launches()
+
+
+def main() -> None:
+    """Prints the table; exits with 1 where a kernel fails."""
+    jobs = [(index, architecture) for index in range(len(LAUNCHES)) for architecture in (80, 90)]
+    with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        rows = list(pool.map(compiled, jobs))
+    heads = ("arch", "variants", "registers", "shared", "local", "spilled", "load", "store")
+    print(f"{'kernel':32}{'element':>8}" + "".join(f"{head:>10}" for head in heads))
+    table = {}
+    for (index, architecture), row in zip(jobs, rows):
+        kernel, signature, *_ = LAUNCHES[index]
+        element = next(kind for kind in signature.values() if kind.startswith("*"))[1:]
+        table.setdefault((kernel.__name__, element, architecture), []).append(row)
+    failed = []
+    for (name, element, architecture), found in table.items():
+        registers, shared, local, spilled, load, store = zip(*found)
+        most = (max(registers), max(shared), max(local), max(spilled))
+        numbers = (architecture / 10, len(found), *most, min(load), min(store))
+        line = f"{name:32}{element:>8}" + "".join(f"{number:10}" for number in numbers)
+        print(line)
+        narrow = NARROW.get(name) or NARROW.get(f"{name} {element}", ())
+        wide = [min(widths) >= 16 for access, widths in (("ld", load), ("st", store)) if access not in narrow]
+        if max(local) or max(spilled) > SPILLED or not all(wide):
+            failed.append(line)
+    if failed:
+        sys.exit(
+            "\n".join(["local memory, more than a few bytes spilled, or accesses of less than 16 bytes:", *failed])
+        )
+
+
+if __name__ == "__main__":
+    main()
