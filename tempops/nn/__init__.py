@@ -1,0 +1,39 @@
+"""The layers: parameters plus a call into the ops, one file a paper. They take ``[N*T, C, H, W]``."""
+
+from ._layer import ChannelGate, TemporalLayer, set_segments
+from .cmr import ChannelMotionEnhancement, SpatialMotionEnhancement
+from .conv import TemporalConv2d
+from .gte import LearnableTemporalShift
+from .menet import MotionEnhancement, VideoLevelAggregation
+from .stm import ChannelwiseMotion, ChannelwiseSpatioTemporal
+from .tanet import TemporalAdaptive
+from .tdn import LongTermTDM, ShortTermTDM
+from .tdrl import ProgressiveEnhancement
+from .tefe import FeatureEnhancement, TemporalExtraction
+from .teinet import GatedInteraction, MotionExcitation, TemporalInteraction
+from .tsm import ShiftConv1x1, TemporalShift
+
+__all__ = [
+    "ChannelGate",
+    "ChannelMotionEnhancement",
+    "ChannelwiseMotion",
+    "ChannelwiseSpatioTemporal",
+    "FeatureEnhancement",
+    "GatedInteraction",
+    "LearnableTemporalShift",
+    "LongTermTDM",
+    "MotionEnhancement",
+    "MotionExcitation",
+    "ProgressiveEnhancement",
+    "ShiftConv1x1",
+    "ShortTermTDM",
+    "SpatialMotionEnhancement",
+    "TemporalAdaptive",
+    "TemporalConv2d",
+    "TemporalExtraction",
+    "TemporalInteraction",
+    "TemporalLayer",
+    "TemporalShift",
+    "VideoLevelAggregation",
+    "set_segments",
+]
