@@ -20,7 +20,6 @@ class TemporalLayer(nn.Module):
 
     def check_segments(self, n_segment: int) -> None:
         """Raises ValueError where T can not become `n_segment`."""
-        check_int("n_segment", n_segment, least=1)
         if self.depends_on_segments and n_segment != self.n_segment:
             raise ValueError(
                 f"n_segment={n_segment} does not fit the parameters of {type(self).__name__}, "
@@ -50,6 +49,7 @@ class ChannelGate(TemporalLayer):
 
 def set_segments(model: nn.Module, n_segment: int) -> None:
     """Gives every temporal layer of a model another T; where one can not have it, ValueError and nothing changes."""
+    check_int("n_segment", n_segment, least=1)
     layers = [module for module in model.modules() if isinstance(module, TemporalLayer)]
     for layer in layers:
         layer.check_segments(n_segment)

@@ -14,7 +14,8 @@ class MotionEnhancement(nn.Module):
         R_j = \text{maxpool}_{3 \times 3}(F_{j+1}) - F_j
 
     for the convolved frames F ([P], MENet eq. 4-5). See :func:`tempops.motion_enhance`. [D]: the convolution is 3x3
-    with stride 1, on each frame, with a bias; C = 5 channels, so that :math:`C\,T_m = 3\,T_a` for the paper's T_m = 3.
+    with stride 1, on each frame, without the bias that the difference would take out; C = 5 channels, so that
+    :math:`C\,T_m = 3\,T_a` for the paper's T_m = 3, T_a = 5.
 
     Args:
         n_frames: the consecutive frames of a segment, :math:`T_m + 1`; at least 2.
@@ -27,7 +28,7 @@ class MotionEnhancement(nn.Module):
     def __init__(self, n_frames: int = 4, channels: int = 5) -> None:
         super().__init__()
         self.n_frames = n_frames
-        self.conv = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         frames = self.conv(x.unflatten(1, (self.n_frames, 3)).flatten(0, 1))
