@@ -106,7 +106,7 @@ def normalize(frames: Tensor, size: int = 224) -> Tensor:
     top, left = ((side - size) // 2 for side in sides)
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     pictures = (pictures[:, :, top : top + size, left : left + size] - mean) / deviation
-    return pictures.unflatten(0, frames.shape[:-3])
+    return pictures.contiguous().unflatten(0, frames.shape[:-3])
 
 
 def load_clip(

@@ -96,7 +96,7 @@ def test_normalize():
     frames[..., 0] = 255
     frames[:, :, :, 20:40, 1] = 255  # the middle third
     clip = data.normalize(frames, 28)
-    assert clip.shape == (2, 3, 3, 28, 28)
+    assert clip.shape == (2, 3, 3, 28, 28) and clip.is_contiguous()
     for channel, value in enumerate((1, 1, 0)):
         centre = (value - data.MEAN[channel]) / data.DEVIATION[channel]
         torch.testing.assert_close(clip[:, :, channel, 14, 14], torch.full((2, 3), centre))
