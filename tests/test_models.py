@@ -274,7 +274,7 @@ def test_options():
     three = small("tdn", short_stages=(1, 2, 3), long_stages=(2, 5))
     assert len(three.short_stages) == 2 and three(x).shape == (2, CLASSES)
     sme = [
-        [hasattr(block.after_block, "conv") for _, _, block in small("cmr", sme=places, cme="first").blocks()]
+        [hasattr(block.after_block, "bn") for _, _, block in small("cmr", sme=places, cme="first").blocks()]
         for places in ("all", "first", "none")
     ]
     assert sme == [[True] * 8, [True, False] * 4, [False] * 8]

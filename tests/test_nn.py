@@ -98,7 +98,8 @@ def sme(layer, x):
     listed = clips(x)
     s = [F.cosine_similarity(listed[t], listed[t + 1], 1)[:, None] for t in range(T - 1)]
     damped = frames([f * (1 - similarity) for f, similarity in zip(listed, [*s, s[-1]])])
-    return layer.bn(F.conv2d(damped, layer.conv.weight, groups=layer.conv.groups)) + x
+    weight = torch.diag(layer.scale)[..., None, None] if layer.conv is None else layer.conv.weight
+    return layer.bn(F.conv2d(damped, weight)) + x
 
 
 def tam(layer, x):

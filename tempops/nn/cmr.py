@@ -1,5 +1,6 @@
 """CMR: Wu et al., "Learning Comprehensive Motion Representation for Action Recognition" (paper 002)."""
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import channel_motion_gate, cosine_gate
@@ -43,13 +44,20 @@ class SpatialMotionEnhancement(TemporalLayer):
         channels: C.
         n_segment: T, at least 2.
         dense: whether the convolution mixes the channels. The paper does not say; its multiply-adds fit one number for
-            each channel.
+            each channel [D].
+
+    Attributes:
+        conv: the convolution; or None, and
+        scale: ``[C]``, the number for each channel, initially 1: PyTorch has no fast 1x1 convolution for C groups.
     """
 
     def __init__(self, channels: int, n_segment: int, dense: bool = False) -> None:
         super().__init__(n_segment)
-        self.conv = nn.Conv2d(channels, channels, 1, groups=1 if dense else channels, bias=False)
+        self.conv = nn.Conv2d(channels, channels, 1, bias=False) if dense else None
+        self.scale = None if dense else nn.Parameter(torch.ones(channels))
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(cosine_gate(x, self.n_segment))) + x
+        y = cosine_gate(x, self.n_segment)
+        y = self.conv(y) if self.scale is None else y * self.scale.to(y.dtype)[:, None, None]
+        return self.bn(y) + x
