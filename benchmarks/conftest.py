@@ -14,6 +14,7 @@ import pytest
 
 NEEDED = {"tempops": "tempops", "pytest_benchmark": "pytest-benchmark", "av": "av", "tqdm": "tqdm"}
 rows_key = pytest.StashKey[dict]()
+network_rows_key = pytest.StashKey[dict]()
 contention_key = pytest.StashKey[object]()
 
 
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from report import Contention
 
     config.stash[rows_key] = {}
+    config.stash[network_rows_key] = {}
     config.stash[contention_key] = Contention()
     _keep_memory()
 
@@ -46,6 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def rows(request: pytest.FixtureRequest) -> dict:
     """The rows of the report, by point."""
     return request.config.stash[rows_key]
+
+
+@pytest.fixture
+def network_rows(request: pytest.FixtureRequest) -> dict:
+    """The rows of the models' report, by model and direction."""
+    return request.config.stash[network_rows_key]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -82,25 +90,37 @@ class Bar:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = list(config.stash[rows_key].values())
-    if not rows:
+    rows, networks = (list(config.stash[key].values()) for key in (rows_key, network_rows_key))
+    if not rows and not networks:
         return
     import report
 
+    terminalreporter.section("tempops")
+    for line in report.lines(rows, _notes(config)) if rows else []:
+        terminalreporter.write_line(line)
+    for line in report.network_lines(networks, _contention(config)) if networks else []:
+        terminalreporter.write_line(line)
+    if rows and (path := config.getoption("--plot")):
+        report.plot(rows, path)
+        terminalreporter.write_line(f"wrote {path}")
+    if path := config.getoption("--report"):
+        report.write_json(rows, networks, path)
+        terminalreporter.write_line(f"wrote {path}")
+
+
+def _notes(config: pytest.Config) -> list[str]:
     compiled = "at every shape and layout" if config.getoption("--full") else "at two shapes, one in each layout"
-    notes = [
+    return [
         "Medians, all memory warm. A copy moves as many bytes as the op must, reads and writes together.",
         f"torch.compile: of the eager reference, {compiled}.",
+        *_contention(config),
     ]
-    if (others := float(config.stash[contention_key])) > 0.05:
-        notes.append(f"Other processes kept {others:.0%} of the cores busy: these times are not to be trusted.")
-    terminalreporter.section("tempops")
-    for line in report.lines(rows, notes):
-        terminalreporter.write_line(line)
-    for option, write in {"--plot": report.plot, "--report": report.write_json}.items():
-        if path := config.getoption(option):
-            write(rows, path)
-            terminalreporter.write_line(f"wrote {path}")
+
+
+def _contention(config: pytest.Config) -> list[str]:
+    if (others := float(config.stash[contention_key])) <= 0.05:
+        return []
+    return [f"Other processes kept {others:.0%} of the cores busy: these times are not to be trusted."]
 
 
 def _keep_memory() -> None:

@@ -41,6 +41,22 @@ class Row:
         return self.seconds[baseline] / self.seconds["cpu"]
 
 
+@dataclass
+class NetworkRow:
+    """One model in one direction."""
+
+    name: str
+    direction: str
+    size: int
+    seconds: dict[str, float] = field(default_factory=dict)  # median, by implementation
+
+    @property
+    def over_eager(self) -> float | None:
+        if self.seconds.keys() < {"eager", "tempops"}:
+            return None
+        return self.seconds["eager"] / self.seconds["tempops"]
+
+
 def machine() -> dict[str, str | int]:
     """Where the figures come from."""
     return {
@@ -84,12 +100,30 @@ def lines(rows: list[Row], notes: Iterable[str]) -> list[str]:
     return [*out, "", *_worst(rows)]
 
 
+def network_lines(rows: list[NetworkRow], notes: Iterable[str]) -> list[str]:
+    """The models' part of the report as text; `x tsn` is the time on the ops over TSN's."""
+    text = [("model", "direction", "size", "eager", "tempops", "over eager", "x tsn")]
+    base = {row.direction: row.seconds.get("tempops") for row in rows if row.name == "tsn"}
+    for row in rows:
+        eager, ours = row.seconds.get("eager"), row.seconds.get("tempops")
+        times = ("-" if seconds is None else f"{seconds * 1e3:.1f} ms" for seconds in (eager, ours))
+        tsn = base.get(row.direction)
+        ratio = ours / tsn if ours and tsn else None
+        text.append((row.name, row.direction, str(row.size), *times, _times(row.over_eager), _times(ratio)))
+    widths = [max(map(len, column)) for column in zip(*text)]
+    pads = [f"<{width}" for width in widths[:2]] + [f">{width}" for width in widths[2:]]
+    lines = ["  ".join(format(cell, pad) for cell, pad in zip(cells, pads)) for cells in text]
+    mean = _mean(row.over_eager for row in rows)
+    return [_described(), *notes, "", *lines, "", f"geometric mean over eager: {_times(mean)}"]
+
+
 def _described() -> str:
     return ", ".join(f"{key} {value}" for key, value in machine().items())
 
 
-def write_json(rows: list[Row], path: Path) -> None:
-    path.write_text(json.dumps({"machine": machine(), "rows": [vars(row) for row in rows]}, indent=1) + "\n")
+def write_json(rows: list[Row], networks: list[NetworkRow], path: Path) -> None:
+    found = {"rows": [vars(row) for row in rows], "networks": [vars(row) for row in networks]}
+    path.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
 
 
 def plot(rows: list[Row], path: Path) -> None:
