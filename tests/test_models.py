@@ -236,13 +236,28 @@ def test_autocast(name):
 
 
 @names
+def test_bfloat16(name):
+    model = small(name).eval()
+    x = input_of(name, model)
+    expected = model(*x)
+    scores = model.bfloat16()(*(frames.bfloat16() for frames in x))
+    assert scores.dtype == torch.bfloat16
+    assert (scores - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@names
 def test_compile(name):
+    """A training step without a break in the graph, equal to the one that is not compiled."""
     torch._dynamo.reset()
-    model = small(name, layers=(1, 1, 1, 2)).eval()
-    x = input_of(name, model, 1, (32, 32))
+    model = small(name, layers=(1, 2, 1, 1)).double()
+    x = input_of(name, model, 1, (32, 32), dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*x), model(*x), rtol=1e-4, atol=1e-5)
+    results = []
+    for call in (model, compiled):
+        scores = call(*x)
+        results.append((scores, *torch.autograd.grad(scores.square().sum(), list(model.parameters()))))
+    for plain, mine in zip(*results):
+        torch.testing.assert_close(mine, plain, rtol=1e-6, atol=1e-6)
 
 
 @names

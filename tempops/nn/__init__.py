@@ -1,4 +1,9 @@
-"""The layers: parameters plus a call into the ops, one file a paper. They take ``[N*T, C, H, W]``."""
+"""The layers: parameters plus a call into the ops, one file a paper.
+
+Unless said otherwise a layer takes ``[N*T, C, H, W]``, the T frames of a clip adjacent, and returns the same; keeps
+contiguous and channels_last; takes every floating dtype and autocast; is deterministic where PyTorch's convolutions and
+matrix products are; and raises ValueError where `n_segment` does not divide the frames. `set_segments` changes T.
+"""
 
 from ._layer import ChannelGate, TemporalLayer, set_segments
 from .cmr import ChannelMotionEnhancement, SpatialMotionEnhancement
