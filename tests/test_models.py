@@ -159,6 +159,106 @@ def test_forward_is_the_network(name):
     torch.testing.assert_close(model(x), scores.unflatten(0, (2, T)).mean(1), rtol=1e-4, atol=1e-5)
 
 
+def test_forward_is_i3d():
+    """The inflated network, restated with PyTorch's 3D convolutions and pools."""
+    model = randomised(small("i3d", 6)).eval()
+    (x,) = input_of("i3d", model)
+    state = model.state_dict()
+
+    def conv3d(name: str, x: Tensor, taps: int = 1, stride: int = 1, padding: int = 0) -> Tensor:
+        kernel = state[f"{name}.weight"].unflatten(0, (taps, -1)).movedim(0, 2)
+        return F.conv3d(x, kernel, None, (1, stride, stride), (taps // 2, padding, padding))
+
+    y = F.relu(norm(state, "bn1", conv3d("conv1", x.transpose(1, 2), 5, 2, 3)))
+    y = F.max_pool3d(y, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+    for stage in range(1, 5):
+        for place in range(2):
+            name, stride = f"layer{stage}.{place}", 2 if place == 0 and stage in (2, 3) else 1
+            z = F.relu(norm(state, f"{name}.bn1", conv3d(f"{name}.conv1", y, 3 if place == 0 else 1)))
+            z = F.relu(norm(state, f"{name}.bn2", conv3d(f"{name}.conv2", z, 1, stride, 1)))
+            z = norm(state, f"{name}.bn3", conv3d(f"{name}.conv3", z))
+            if place == 0:
+                y = norm(state, f"{name}.downsample.1", conv3d(f"{name}.downsample.0", y, 1, stride))
+            y = F.relu(y + z)
+        if stage == 1:
+            y = F.max_pool3d(y, (2, 1, 1), (2, 1, 1))
+    scores = y.mean((2, 3, 4)) @ state["fc.weight"].T + state["fc.bias"]
+    torch.testing.assert_close(model(x), scores, rtol=1e-4, atol=1e-4)
+
+
+# What stands where in the blocks of stages 2 to 5 of ResNet-50: the stages' first blocks, then the others.
+PLACES = {
+    "tsn": ([{}] * 4, [{}] * 4),
+    "tsm": ([{"conv1": "ShiftConv1x1"}] * 4,) * 2,
+    "teinet": ([{"before_conv1": "GatedInteraction"}] * 4,) * 2,
+    "tdrl": ([{"before_conv1": "GatedInteraction"}] * 4,) * 2,
+    "stm": ([{"conv2": "_SpatioTemporalAndMotion"}] * 4,) * 2,
+    "gst": ([{"conv2": "_Grouped"}] * 4,) * 2,
+    "gte": ([{"conv2": "_Grouped"}] * 4,) * 2,
+    "cmr": (
+        [{"before_conv1": "GatedInteraction", "after_block": "SpatialMotionEnhancement"}] * 4,
+        [{"before_conv1": "GatedInteraction"}] * 4,
+    ),
+    "tefe": ([{"before_conv3": "TemporalExtraction"}] * 4, [{}] + [{"conv2": "FeatureEnhancement"}] * 3),
+    "tdn": ([{}] + [{"before_conv2": "Sequential"}] * 3,) * 2,
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_placement(name):
+    with torch.device("meta"):
+        model = create_model(name, 3)
+    slots = ("before_conv1", "conv1", "before_conv2", "conv2", "before_conv3", "conv3", "after_block")
+    first, others = PLACES[name]
+    for stage, place, block in model.blocks():
+        found = {slot: type(getattr(block, slot)).__name__ for slot in slots}
+        changed = {slot: kind for slot, kind in found.items() if kind not in ("Identity", "Conv2d")}
+        assert changed == (others if place else first)[stage - 2], (stage, place)
+    gates = {type(m.gate).__name__ for m in model.modules() if type(m).__name__ == "GatedInteraction"}
+    expected = {"teinet": "MotionExcitation", "tdrl": "ProgressiveEnhancement", "cmr": "ChannelMotionEnhancement"}
+    assert gates == ({expected[name]} if name in expected else set())
+
+
+def test_menet_is_two_networks():
+    model = randomised(small("menet")).eval()
+    appearance, motion = input_of("menet", model)
+    state = {key.partition(".")[2]: x for key, x in model.state_dict().items() if key.startswith("motion.")}
+    enhanced = model.motion.enhance(motion.flatten(0, 1))
+    features = restated_resnet(state, restated_stem(state, enhanced))
+    scores = (features.mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]).unflatten(0, (2, 2 * T)).mean(1)
+    state = {key.partition(".")[2]: x for key, x in model.state_dict().items() if key.startswith("appearance.")}
+    features = restated_resnet(state, restated_stem(state, appearance.flatten(0, 1)))
+    scores = scores + model.appearance.fc(features)
+    torch.testing.assert_close(model(appearance, motion), scores, rtol=1e-4, atol=1e-4)
+
+
+def conv_of_clips(weight: Tensor, x: Tensor, stride: int = 1) -> Tensor:
+    """PyTorch's 3D convolution with the kernel [3*Cout, Cin, k, k] of a TemporalConv2d."""
+    kernel, padding = weight.unflatten(0, (3, -1)).movedim(0, 2), weight.size(-1) // 2
+    clips = x.unflatten(0, (-1, T)).transpose(1, 2)
+    return F.conv3d(clips, kernel, None, (1, stride, stride), (1, padding, padding)).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", ("gst", "gte", "gte-depthwise"))
+def test_grouped_convolutions(name):
+    """The two branches in the place of a 3x3 convolution with stride 2."""
+    name, _, variant = name.partition("-")
+    conv2 = small(name, **({"variant": variant} if variant else {})).layer2[0].conv2
+    x = torch.randn(2 * T, 32, 9, 9)
+    first, second = x[:, :16], x[:, 16:]
+    spatial = F.conv2d(first, conv2.spatial.weight, stride=2, padding=1)
+    assert spatial.shape[1:] == (24, 5, 5)
+    if name == "gst":
+        temporal = conv_of_clips(conv2.temporal.weight, second, 2)
+    else:
+        if variant:
+            weight = torch.diag_embed(torch.nn.init.normal_(conv2.shift.weight.data).t()).flatten(0, 1)[..., None, None]
+        else:
+            weight = torch.nn.init.normal_(conv2.shift.conv.weight.data)
+        temporal = F.conv2d(conv_of_clips(weight, second), conv2.temporal.weight, stride=2, padding=1)
+    torch.testing.assert_close(conv2(x), torch.cat((spatial, temporal), 1), rtol=1e-4, atol=1e-4)
+
+
 @names
 @pytest.mark.parametrize("training", (True, False))
 def test_eager_and_fused_agree_and_every_parameter_learns(name, training):
