@@ -48,7 +48,10 @@ class ChannelGate(TemporalLayer):
 
 
 def set_segments(model: nn.Module, n_segment: int) -> None:
-    """Gives every temporal layer of a model another T; where one can not have it, ValueError and nothing changes."""
+    """Gives every temporal layer of a module another T; where one can not have it, ValueError and nothing changes.
+
+    Models of `tempops.models` have a method of this name, which knows the layers whose T is not the clip's.
+    """
     check_int("n_segment", n_segment, least=1)
     layers = [module for module in model.modules() if isinstance(module, TemporalLayer)]
     for layer in layers:
