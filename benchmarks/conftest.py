@@ -17,6 +17,7 @@ NEEDED = {"tempops": "tempops", "pytest_benchmark": "pytest-benchmark", "av": "a
 rows_key = pytest.StashKey[dict]()
 overheads_key = pytest.StashKey[dict]()
 start_key = pytest.StashKey[float]()
+network_rows_key = pytest.StashKey[dict]()
 contention_key = pytest.StashKey[object]()
 
 
@@ -51,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--minutes") is None:
         config.option.minutes = float("inf") if config.getoption("--full") else device.minutes
     config.stash[start_key] = time.monotonic()
-    config.stash[rows_key], config.stash[overheads_key] = {}, {}
+    config.stash[rows_key], config.stash[overheads_key], config.stash[network_rows_key] = {}, {}, {}
     config.stash[contention_key] = Contention()
     _keep_memory()
 
@@ -66,6 +67,12 @@ def rows(request: pytest.FixtureRequest) -> dict:
 def overheads(request: pytest.FixtureRequest) -> dict:
     """What calls cost the host, by op and implementation."""
     return request.config.stash[overheads_key]
+
+
+@pytest.fixture
+def network_rows(request: pytest.FixtureRequest) -> dict:
+    """The rows of the models' report, by model and direction."""
+    return request.config.stash[network_rows_key]
 
 
 @pytest.fixture
@@ -129,8 +136,10 @@ class Bar:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows, overheads = list(config.stash[rows_key].values()), list(config.stash[overheads_key].values())
-    if not rows and not overheads:
+    rows, overheads, networks = (
+        list(config.stash[key].values()) for key in (rows_key, overheads_key, network_rows_key)
+    )
+    if not rows and not overheads and not networks:
         return
     import devices
     import report
@@ -151,7 +160,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     # Beside a GPU the others are torch.compile's own processes, and the device's time does not mind them.
     if device.type == "cpu" and (others := float(config.stash[contention_key])) > 0.05:
         notes.append(f"Other processes kept {others:.0%} of the cores busy: these times are not to be trusted.")
-    written = report.Report(report.machine(device), notes, rows, overheads)
+    written = report.Report(report.machine(device), notes, rows, overheads, networks)
     terminalreporter.section("tempops")
     for line in report.lines(written):
         terminalreporter.write_line(line)

@@ -65,6 +65,22 @@ class Overhead:
         return self.seconds / self.add
 
 
+@dataclass
+class NetworkRow:
+    """One model in one direction."""
+
+    name: str
+    direction: str
+    size: int
+    seconds: dict[str, float] = field(default_factory=dict)  # median, by implementation
+
+    @property
+    def over_eager(self) -> float | None:
+        if self.seconds.keys() < {"eager", "tempops"}:
+            return None
+        return self.seconds["eager"] / self.seconds["tempops"]
+
+
 def machine(device: Cpu) -> dict[str, str | int]:
     """Where the figures come from."""
     return device.machine() | {
@@ -106,6 +122,7 @@ class Report:
     notes: list[str]
     rows: list[Row]
     overheads: list[Overhead]
+    networks: list[NetworkRow]
 
     @property
     def described(self) -> str:
@@ -127,20 +144,39 @@ def lines(report: Report) -> list[str]:
         out += ["", *_worst([row for row in rows if row.backend == backend])]
     if report.overheads:
         out += ["", *_overheads(report.overheads)]
+    if report.networks:
+        out += ["", *_networks(report.networks)]
     return out
 
 
 def write_json(report: Report, path: Path) -> None:
     """One row a line, so that two runs can be compared by diff."""
 
-    def listed(items: Iterable[Row | Overhead]) -> str:
+    def listed(items: Iterable[Row | Overhead | NetworkRow]) -> str:
         return "[\n" + ",\n".join(json.dumps(vars(item)) for item in items) + "\n]"
 
     machine, notes = json.dumps(report.machine), json.dumps(report.notes)
     path.write_text(
         f'{{"machine": {machine},\n"notes": {notes},\n'
-        f'"overheads": {listed(report.overheads)},\n"rows": {listed(report.rows)}}}\n'
+        f'"overheads": {listed(report.overheads)},\n"networks": {listed(report.networks)},\n'
+        f'"rows": {listed(report.rows)}}}\n'
     )
+
+
+def _networks(rows: list[NetworkRow]) -> list[str]:
+    """The models: times on the ops beside eager PyTorch, and over TSN's."""
+    text = [("model", "direction", "size", "eager", "tempops", "over eager", "x tsn")]
+    base = {row.direction: row.seconds.get("tempops") for row in rows if row.name == "tsn"}
+    for row in rows:
+        eager, ours = row.seconds.get("eager"), row.seconds.get("tempops")
+        times = ("-" if seconds is None else f"{seconds * 1e3:.1f} ms" for seconds in (eager, ours))
+        tsn = base.get(row.direction)
+        ratio = ours / tsn if ours and tsn else None
+        text.append((row.name, row.direction, str(row.size), *times, _times(row.over_eager), _times(ratio)))
+    widths = [max(map(len, column)) for column in zip(*text)]
+    pads = [f"<{width}" for width in widths[:2]] + [f">{width}" for width in widths[2:]]
+    lines = ["  ".join(format(cell, pad) for cell, pad in zip(cells, pads)) for cells in text]
+    return [*lines, "", f"geometric mean over eager: {_times(_mean(row.over_eager for row in rows))}"]
 
 
 def plot(report: Report, path: Path) -> None:

@@ -117,12 +117,14 @@ def test_metadata():
     assert version == tempops.__version__
 
 
-def test_readme():
+def test_readme(monkeypatch):
     readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \|", readme, flags=re.MULTILINE)
-    assert sorted(rows) == sorted(tempops.ops.__all__)
-    (example,) = re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
-    exec(example, {})
+    for section, names in (("Ops", tempops.ops.__all__), ("Models", tempops.models.list_models())):
+        text = re.search(rf"^## {section}$(.*?)^## ", readme, flags=re.MULTILINE | re.DOTALL)[1]
+        assert sorted(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)) == sorted(names)
+    monkeypatch.chdir(ROOT)
+    for example in re.findall(r"^```python\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL):
+        exec(example, {})
 
 
 # What runs before a build is tested on stand-ins for setuptools, which need not be installed, and for torch.

@@ -1,0 +1,65 @@
+"""What the layers share: T, the number of frames of a clip, which may change after construction."""
+
+from torch import Tensor, nn
+
+from ..ops._contract import check_int
+
+
+class TemporalLayer(nn.Module):
+    """A layer that reads across the frames of a clip: ``[N*T, C, H, W]``, T of them adjacent, T being `n_segment`.
+
+    Further arguments go to the next class, so that a layer may be a convolution, too.
+    """
+
+    depends_on_segments = False  # whether a parameter's shape depends on T
+
+    def __init__(self, n_segment: int, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        check_int("n_segment", n_segment, least=1)
+        self.n_segment = n_segment
+
+    def check_segments(self, n_segment: int) -> None:
+        """Raises ValueError where T can not become `n_segment`."""
+        if self.depends_on_segments and n_segment != self.n_segment:
+            raise ValueError(
+                f"n_segment={n_segment} does not fit the parameters of {type(self).__name__}, "
+                f"whose shapes depend on T and were made for n_segment={self.n_segment}"
+            )
+
+    def split(self, x: Tensor) -> Tensor:
+        """``[N*T, ...]`` as ``[N, T, ...]``."""
+        if x.size(0) % self.n_segment != 0:
+            raise ValueError(f"n_segment={self.n_segment} does not divide {x.size(0)} frames")
+        return x.unflatten(0, (x.size(0) // self.n_segment, self.n_segment))
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), f"n_segment={self.n_segment}")))
+
+
+class ChannelGate(TemporalLayer):
+    """A layer that multiplies each frame's channels with weights made from the clip's pooled frames."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The weights ``[N*T, C]``, for :func:`tempops.temporal_conv` to multiply in on its way."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)[..., None, None]
+
+
+def set_segments(model: nn.Module, n_segment: int) -> None:
+    """Gives every temporal layer of a module another T; where one can not have it, ValueError and nothing changes.
+
+    Models of `tempops.models` have a method of this name, which knows the layers whose T is not the clip's.
+    """
+    check_int("n_segment", n_segment, least=1)
+    layers = [module for module in model.modules() if isinstance(module, TemporalLayer)]
+    for layer in layers:
+        layer.check_segments(n_segment)
+    for layer in layers:
+        layer.n_segment = n_segment
+
+
+def reduced(channels: int, reduction: int) -> int:
+    """C/r, at least 1."""
+    return max(1, channels // reduction)

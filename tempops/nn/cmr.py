@@ -1,0 +1,63 @@
+"""CMR: Wu et al., "Learning Comprehensive Motion Representation for Action Recognition" (paper 002)."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import channel_motion_gate, cosine_gate
+from ._layer import ChannelGate, TemporalLayer, reduced
+
+
+class ChannelMotionEnhancement(ChannelGate):
+    r"""CME: channels are weighed by what the frame's clip shows, the frames that differ from it most.
+
+    .. math::
+        u_t = x_t \circ a_t
+
+    with the :math:`a` of :func:`tempops.channel_motion_gate` for the global average pool ([P], CMR eq. 1-6).
+
+    Args:
+        channels: C.
+        n_segment: T.
+        reduction: r; the weights are ``[C/r, C]`` twice and ``[C, C/r]``. Linear layers' default initial values [D].
+    """
+
+    def __init__(self, channels: int, n_segment: int, reduction: int = 8) -> None:
+        super().__init__(n_segment)
+        self.w1 = nn.Linear(channels, reduced(channels, reduction), bias=False)
+        self.w2 = nn.Linear(channels, reduced(channels, reduction), bias=False)
+        self.w3 = nn.Linear(reduced(channels, reduction), channels, bias=False)
+
+    def gate(self, x: Tensor) -> Tensor:
+        weights = self.w1.weight, self.w2.weight, self.w3.weight
+        return channel_motion_gate(x.mean((2, 3)), *weights, self.n_segment)
+
+
+class SpatialMotionEnhancement(TemporalLayer):
+    r"""SME: pixels that resemble the next frame's are damped, and the rest is added to the frame.
+
+    .. math::
+        v_t = \text{BN}(\text{Conv}(x_t \circ (1 - s_t))) + x_t
+
+    with a 1x1 convolution ([P], CMR eq. 7-8). See :func:`tempops.cosine_gate`.
+
+    Args:
+        channels: C.
+        n_segment: T, at least 2.
+        dense: whether the convolution mixes the channels. The paper does not say; its multiply-adds fit one number for
+            each channel [D].
+
+    Attributes:
+        conv: the convolution; or None, and
+        scale: ``[C]``, the number for each channel, initially 1: PyTorch has no fast 1x1 convolution for C groups.
+    """
+
+    def __init__(self, channels: int, n_segment: int, dense: bool = False) -> None:
+        super().__init__(n_segment)
+        self.conv = nn.Conv2d(channels, channels, 1, bias=False) if dense else None
+        self.scale = None if dense else nn.Parameter(torch.ones(channels))
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = cosine_gate(x, self.n_segment)
+        y = self.conv(y) if self.scale is None else y * self.scale.to(y.dtype)[:, None, None]
+        return self.bn(y) + x
