@@ -160,7 +160,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     # Beside a GPU the others are torch.compile's own processes, and the device's time does not mind them.
     if device.type == "cpu" and (others := float(config.stash[contention_key])) > 0.05:
         notes.append(f"Other processes kept {others:.0%} of the cores busy: these times are not to be trusted.")
-    written = report.Report(report.machine(device), notes, rows, overheads, networks)
+    written = report.Report(report.machine(device.machine()), notes, rows, overheads, networks)
     terminalreporter.section("tempops")
     for line in report.lines(written):
         terminalreporter.write_line(line)

@@ -6,12 +6,11 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from devices import Cpu
 
 from tempops import _C
 
@@ -81,9 +80,10 @@ class NetworkRow:
         return self.seconds["eager"] / self.seconds["tempops"]
 
 
-def machine(device: Cpu) -> dict[str, str | int]:
-    """Where the figures come from."""
-    return device.machine() | {
+def machine(device: Mapping[str, str | int]) -> dict[str, str | int]:
+    """Where the figures come from: what there is to say of the device, and the rest."""
+    return {
+        **device,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "instruction set": _C.instruction_set(),

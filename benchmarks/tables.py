@@ -465,7 +465,7 @@ def main(argv: Iterable[str] | None = None) -> None:
                     lines.append(line)
                     bar.update()
                 results.append((table, lines))
-    facts = machine() | {"setting": setting.said()}
+    facts = machine({}) | {"setting": setting.said()}
     if on_gpu:
         facts["GPU"] = torch.cuda.get_device_name()
     head = [f"{key}: {value}" for key, value in facts.items()]
