@@ -11,9 +11,10 @@ from tempops.ops._contract import Shape
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # The back ends that are compared with eager: without a GPU, Triton's kernels run in its interpreter, and slowly.
-COMPILED = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cpu",)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED = ("triton",) if INTERPRETED else ("cpu",)
 
-BASE = Shape(2, 4, 16, 7, 7)
+BASE = Shape(1, 3, 16, 7, 7) if INTERPRETED else Shape(2, 4, 16, 7, 7)
 SHAPES = (
     BASE,  # 7x7: 49 pixels, no row is aligned
     Shape(2, 3, 13, 9, 4),  # odd T, C not divisible by 8
