@@ -28,7 +28,7 @@ def on_its_device(request, monkeypatch):
     """A test of a GPU's back end makes its tensors there, and is skipped where the back end has not the op."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     backend, case = parameters.get("backend"), parameters.get("case")
-    if backend in inputs.GPU:
+    if backend in inputs.GPU and not inputs.INTERPRETED:
         if reason := why_not(backend, case.op, "cuda") if case else _backend.why_not(backend):
             pytest.skip(reason)
         monkeypatch.setattr(inputs, "DEVICE", "cuda")

@@ -14,12 +14,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 GPU = ("cuda", "triton")
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU"))
 # The back ends that are compared with eager: without a GPU, Triton's kernels run in its interpreter, and slowly.
-COMPILED = ("cpu", *(pytest.param(name, marks=on_gpu) for name in GPU))
-if os.environ.get("TRITON_INTERPRET") == "1":
-    COMPILED = ("triton",)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED = ("triton",) if INTERPRETED else ("cpu", *(pytest.param(name, marks=on_gpu) for name in GPU))
 DEVICE = "cpu"  # where `make` puts tensors; tests/conftest.py sets it for a test of a GPU's back end
 
-BASE = Shape(2, 4, 16, 7, 7)
+BASE = Shape(1, 3, 16, 7, 7) if INTERPRETED else Shape(2, 4, 16, 7, 7)
 SHAPES = (
     BASE,  # 7x7: 49 pixels, no row is aligned
     Shape(2, 3, 13, 9, 4),  # odd T, C not divisible by 8

@@ -117,6 +117,25 @@ def test_derivatives(case, backend):
             assert torch.autograd.gradgradcheck(call, (x, *others), fast_mode=fast)
 
 
+@cases
+@compiled
+def test_double_backward_is_that_of_eager(case, backend):
+    for layout in layouts(case)[:4]:
+        x, n_segment, *others = make(case, SMALL, layout)
+        inputs, results = (x, *others), []
+        for name in (backend, "eager"):
+            torch.manual_seed(0)
+            with tempops.backend(name):
+                outs = as_tuple(case.call(x, n_segment, *others))
+            grads = [random_like(out).requires_grad_() for out in outs]
+            dins = torch.autograd.grad(outs, inputs, grads, create_graph=True)
+            ddins = [random_like(d) for d in inputs]
+            second = torch.autograd.grad(dins, (*inputs, *grads), ddins, allow_unused=True, materialize_grads=True)
+            results.append((*outs, *dins, *second))
+        for mine, eager in zip(*results):
+            torch.testing.assert_close(mine, eager, rtol=1e-9, atol=1e-9)
+
+
 class Recorder(TorchDispatchMode):
     """Keeps the calls into torch.ops.tempops or tempops_triton that pass the dispatcher."""
 
