@@ -102,7 +102,10 @@ def launches() -> list[tuple]:
                 x, *others = (a.detach().to("meta").requires_grad_() for a in (x, *others))
                 with Entries():
                     outs = as_tuple(case.call(x, n_segment, *others))
-                    torch.autograd.grad(outs, (x, *others), [torch.empty_like(out) for out in outs])
+                    grads = [torch.empty_like(out, requires_grad=True) for out in outs]
+                    dins = torch.autograd.grad(outs, (x, *others), grads, create_graph=True)
+                    ddins = [torch.empty_like(d) for d in dins]
+                    torch.autograd.grad(dins, (x, *others, *grads), ddins, allow_unused=True)
     return list(Launch.kept.values())
 
 

@@ -55,7 +55,7 @@ def group_product(
         i = begin + block * BLOCK_K + tl.arange(0, BLOCK_K)
         a = operand(x + i.to(tl.int64)[None, :] * x_c, rows[:, None] & (i < end)[None, :], WIDEN)
         b = operand(weight + o[None, :] * w_o + i[:, None] * w_i, (o < Cout)[None, :] & (i < end)[:, None], WIDEN)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     return total
 
 
@@ -120,7 +120,7 @@ def weight_kernel(
         source = t[:, None] + offset
         mask = (m < M)[:, None] & (i < C)[None, :] & (source >= 0) & (source < T)
         b = operand(x + (n * x_n + t * x_t + p * x_p)[:, None], mask, WIDEN)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     parts += (split * Cout + o)[:, None] * C + i[None, :]
     tl.store(parts, total, mask=(o < Cout)[:, None] & (i < C)[None, :])
 
