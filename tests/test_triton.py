@@ -114,7 +114,26 @@ def test_export_keeps_the_op_and_compile_sees_what_its_kernels_read_and_write():
     assert python("-c", TRACED).splitlines()[-1] == "seen"
 
 
-def test_kernels_pass_the_tests_of_the_ops():
-    """In Triton's interpreter, in every layout, dtype and order of derivative, at the smallest size."""
+LOOP = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def count(x, n):
+    for i in range(n):
+        tl.store(x + i, i)
+
+x = torch.zeros(3)
+try:
+    count[(1,)](x, 3)
+except triton.runtime.errors.InterpreterError as error:
+    print(error)
+"""
+
+
+def test_kernels_pass_the_tests_of_the_ops(tmp_path):
+    """In its interpreter, every order of derivative at the smallest size; .ci/triton runs every layout and dtype."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    if error := python(str(tmp_path / "loop.py"), TRITON_INTERPRET="1"):
+        pytest.skip(f"this Triton's interpreter runs no loop with this numpy: {error}")
     command = ("-m", "pytest", "-qx", "-p", "no:cacheprovider", str(HERE / "test_ops.py"))
-    python(*command, "-k", "triton and (test_layouts or test_double_backward)", TRITON_INTERPRET="1")
+    python(*command, "-k", "triton and test_double_backward", TRITON_INTERPRET="1")

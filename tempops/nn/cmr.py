@@ -60,4 +60,6 @@ class SpatialMotionEnhancement(TemporalLayer):
     def forward(self, x: Tensor) -> Tensor:
         y = cosine_gate(x, self.n_segment)
         y = self.conv(y) if self.scale is None else y * self.scale.to(y.dtype)[:, None, None]
-        return self.bn(y) + x
+        y = self.bn(y)
+        y += x
+        return y

@@ -47,8 +47,7 @@ class ShortTermTDM(TemporalLayer):
         motion = F.interpolate(motion, x.shape[2:])
         if self.variant == "paper":
             return x + motion
-        a, b = (0.5, 0.5) if self.n_segment == 8 else (0.75, 0.25)
-        return a * x + b * motion
+        return x.lerp(motion, 0.5 if self.n_segment == 8 else 0.25)  # (1 - b) x + b motion in one pass
 
 
 class LongTermTDM(TemporalLayer):
