@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import CASES
 from inputs import COMPILED, LAYOUTS, SHAPES, make
+from test_ops import random_like
 
 import tempops
 from tempops.ops._contract import Shape
@@ -106,3 +107,11 @@ def test_inference_mode():
         x = torch.randn(8, 16, 5, 5)
         expected = tempops.temporal_shift(x, 4)
         assert torch.equal(tempops.temporal_shift_(x, 4), expected)
+
+
+def test_forward_mode():
+    """The tangent moves as the values do."""
+    x, direction = clips(), random_like(clips())
+    expected = tempops.temporal_shift(direction, 4)
+    tangent = torch.func.jvp(lambda x: tempops.temporal_shift_(x.clone(), 4), (x,), (direction,))[1]
+    assert torch.equal(tangent, expected)

@@ -655,7 +655,38 @@ def test_load_released_weights_says_what_does_not_fit():
         model = create_model("tdn", 9, n_segment=T, layers=LAYERS, width=WIDTH)
         load_released_weights(model, checkpoint)
     del checkpoint["state_dict"]["module.base_model.layer2_bak.0.bn1.running_mean"]
-    with pytest.raises(ValueError, match=r"missing: layer2.0.bn1.running_mean$"):
+    with pytest.raises(ValueError, match=r"missing: layer2.0.bn1.running_mean; unknown: layer2.0.conv1.bias$"):
         load_released_weights(small("tdn"), checkpoint)
+    for name in ("convfoo.bias", "layer2_bak.0.conv9.bias"):
+        checkpoint = released_checkpoint(tdn)
+        checkpoint["state_dict"][f"module.base_model.{name}"] = torch.zeros(1)
+        with pytest.raises(ValueError, match=f"unknown: .*{name.rpartition('.')[0].rpartition('.')[2]}.bias"):
+            load_released_weights(small("tdn"), checkpoint)
+    with pytest.raises(ValueError, match=r"no released weights of this TSN: missing: .*conv1.weight.*; unknown: .*net"):
+        load_released_weights(small("tsn"), released_checkpoint(tsm))
+    plain = {name.replace(".net.", "."): x for name, x in released_checkpoint(tsm)["state_dict"].items()}
+    load_released_weights(small("tsn"), plain)
+    with pytest.raises(ValueError, match=r"no released weights of this TSM: missing: .*net.weight"):
+        load_released_weights(small("tsm"), plain)
     with pytest.raises(TypeError, match="must be a TSN, TSM or TDN, whose weights are published, got GST"):
         load_released_weights(small("gst"), checkpoint)
+
+
+@pytest.mark.parametrize("load", (load_backbone, load_released_weights))
+def test_loaders_take_mappings_of_names_to_tensors(load):
+    for wrong in (None, [1], "file.pth", {"fc.weight": 1.0}, {1: torch.zeros(1)}):
+        with pytest.raises(TypeError, match="state_dict must be a mapping of names to tensors"):
+            load(small("tsn"), wrong)
+    with pytest.raises(TypeError, match="model must be"):
+        load(torch.nn.Linear(1, 1), {})
+
+
+@pytest.mark.parametrize("name", ("tdn", "menet"))
+def test_export_takes_any_number_of_clips(name):
+    model = small(name).eval()
+    x = input_of(name, model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, x, dynamic_shapes=tuple({0: batch} for _ in x)).module()
+    for clips in (1, 3):
+        x = input_of(name, model, clips)
+        torch.testing.assert_close(program(*x), model(*x))

@@ -384,6 +384,10 @@ def test_transforms(case):
         tangents += tuple(torch.autograd.forward_ad.unpack_dual(out).tangent for out in dual)
     torch.testing.assert_close(tangents, (*expected, *expected))
 
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: torch.func.jvp(call, (x,), (direction,))[1], backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+
     for one, both in zip(call(x), torch.vmap(call)(torch.stack([direction, x]))):
         torch.testing.assert_close(both[1], one)
     gradient = torch.func.grad(lambda x: sum(out.square().sum() for out in call(x)))(x)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..nn import ShiftConv1x1, TemporalShift
 from ._resnet import ResNet
 from .menet import MENet
 from .tdn import TDN
@@ -24,8 +25,12 @@ def load_backbone(model: ResNet | MENet, state_dict: Mapping[str, Tensor]) -> No
         state_dict: with the names of torchvision's ``resnet50``; a classifier is left out.
 
     Raises:
+        TypeError: `model` is none of tempops.models, or `state_dict` no mapping of names to tensors.
         ValueError: parameters are missing, unknown or of another shape; the message names them, nothing is changed.
     """
+    _check_state_dict(state_dict)
+    if not isinstance(model, (ResNet, MENet)):
+        raise TypeError(f"model must be one of tempops.models, got {type(model).__name__}")
     if isinstance(model, MENet):
         trained = {name: x for name, x in state_dict.items() if not name.startswith("enhance.")}
         load_backbone(model.appearance, trained)
@@ -50,19 +55,47 @@ def load_released_weights(model: TSN | TSM | TDN, state_dict: Mapping[str, Tenso
         state_dict: what ``torch.load`` gives, or its entry ``"state_dict"``.
 
     Raises:
-        TypeError: the authors of the model's paper published no checkpoints.
+        TypeError: the authors of the model's paper published no checkpoints, or `state_dict` is none.
         ValueError: parameters are missing, unknown or of another shape; the message names them, nothing is changed.
     """
+    _check_state_dict(state_dict)
     if not isinstance(model, (TSN, TSM, TDN)):
         raise TypeError(f"model must be a TSN, TSM or TDN, whose weights are published, got {type(model).__name__}")
     state_dict = state_dict.get("state_dict", state_dict)
     weights = {name.removeprefix("module.").removeprefix("base_model."): x for name, x in state_dict.items()}
+    otherwise = f"these are no released weights of this {type(model).__name__}"
     if isinstance(model, TDN):
         state = model.from_released(weights)
+        _check(state, model.state_dict(), otherwise)
     else:
-        state = {name.replace(".net.", ".").replace("new_fc.", "fc."): x for name, x in weights.items()}
-    _check(state, model.state_dict(), f"these are no released weights of this {type(model).__name__}")
+        weights = {f"new_{name}" if name.startswith("fc.") else name: x for name, x in weights.items()}
+        theirs = {name: _released_name(model, name) for name in model.state_dict()}
+        _check(weights, {theirs[name]: x for name, x in model.state_dict().items()}, otherwise)
+        state = {name: weights[released] for name, released in theirs.items() if released in weights}
     model.load_state_dict(state, strict=False)
+
+
+def _released_name(model: TSN | TSM, name: str) -> str:
+    """TSM's name of a parameter: a shifted convolution is the `net` of a module of its own."""
+    if name.startswith("fc."):
+        return f"new_{name}"
+    owner, _, leaf = name.rpartition(".")
+    block = model.get_submodule(owner.rpartition(".")[0])
+    shifts = (ShiftConv1x1, TemporalShift)
+    shifted = isinstance(getattr(block, "conv1", None), shifts) or isinstance(
+        getattr(block, "before_conv1", None), shifts
+    )
+    return f"{owner}.net.{leaf}" if shifted and owner.endswith(".conv1") else name
+
+
+def _check_state_dict(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
+    tensors = state_dict.get("state_dict", state_dict)
+    if isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors):
+        if all(isinstance(x, Tensor) for x in tensors.values()):
+            return
+    raise TypeError("state_dict must be a mapping of names to tensors: some of its entries are none")
 
 
 def _check(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], otherwise: str) -> None:

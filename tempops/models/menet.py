@@ -42,8 +42,9 @@ class MENet(nn.Module):
     def forward(self, appearance: Tensor, motion: Tensor) -> Tensor:
         self.appearance.check(appearance, "appearance")
         self.motion.check(motion, "motion")
-        if len(appearance) != len(motion):
-            raise ValueError(f"motion must have as many clips as appearance, {len(appearance)}, got {len(motion)}")
+        clips = appearance.size(0)
+        if clips != motion.size(0):
+            raise ValueError(f"motion must have as many clips as appearance, {clips}, got {motion.size(0)}")
         first, second = self.weights
         return first * self.appearance(appearance) + second * self.motion(motion)
 

@@ -89,15 +89,14 @@ class TDN(ResNet):
         weights = {name: x for name, x in weights.items() if not name.startswith("conv1_temp")}
         state = {}
         for name, tensor in weights.items():
+            mean = weights.get(_followed_by(name))
+            if mean is not None and mean.shape == tensor.shape:
+                state[_renamed(_followed_by(name))] = mean - tensor
+                continue
             renamed = _renamed(name)
             if renamed.endswith("conv.weight") and tensor.dim() == 3:
                 renamed, tensor = renamed.replace(".conv.weight", ".weight"), tensor.squeeze(1)
-            if _followed_by(name) is None:
-                state[renamed] = tensor
-        for name, bias in weights.items():
-            mean = _followed_by(name)
-            if mean in weights:
-                state[_renamed(mean)] = weights[mean] - bias
+            state.setdefault(renamed, tensor)  # a mean may have got its bias before
         return state
 
 

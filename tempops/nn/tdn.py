@@ -96,7 +96,7 @@ class LongTermTDM(TemporalLayer):
         if self.training:
             forward, backward = map(self._logits, differences)
         else:
-            forward, backward = self._logits(torch.cat(differences)).chunk(2)
+            forward, backward = self._logits(torch.cat(differences)).unflatten(0, (2, -1)).unbind()
         return motion_attention(x, forward, backward, released)
 
     def _logits(self, d: Tensor) -> Tensor:

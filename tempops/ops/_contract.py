@@ -53,6 +53,8 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not isinstance(value, torch.SymInt) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {value}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -180,19 +182,19 @@ class Op:
 
     def _run(self, x: Tensor, *args):
         self.check(x, *args)
-        compiling = torch.compiler.is_compiling()
-        namespace = None if not compiling and _is_transformed() else _backend.namespace(x, self.name)
+        namespace = None if is_transformed() else _backend.namespace(x, self.name)
         if namespace is None:
             return self.reference(x, *args)
         entry = getattr(getattr(torch.ops, namespace), self.name).default
-        if compiling or _needs_gradient(x, *args):
+        if torch.compiler.is_compiling() or _needs_gradient(x, *args):
             return entry(x, *args)
         # The derivative of an entry is registered in Python: to pass through it takes as long as the rest of a call.
         with torch._C._AutoDispatchBelowAutograd():
             return entry(x, *args)
 
 
-def _is_transformed() -> bool:
+@torch.compiler.assume_constant_result  # torch.compile guards on it, and enters the transforms while it traces
+def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work: entries have no rules for them."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 

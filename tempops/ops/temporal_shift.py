@@ -1,10 +1,22 @@
 """Temporal shift: a part of the channels is read from the next or the previous frame (TSM; MENet eq. 6)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend
-from ._contract import Op, check_choice, check_clips, check_int, empty_clips, register, register_inplace, to_clips
+from ._contract import (
+    Op,
+    check_choice,
+    check_clips,
+    check_int,
+    empty_clips,
+    from_clips,
+    is_transformed,
+    register,
+    register_inplace,
+    to_clips,
+)
 
 MODES = ("bidirectional", "reversed", "causal")
 
@@ -47,7 +59,7 @@ def temporal_shift_(x: Tensor, n_segment: int | None = None, fold_div: int = 8, 
     earlier op keeps for its backward. `x` must not overlap itself (an expanded tensor). Returns `x`.
     """
     _check_inplace(x, n_segment, fold_div, mode)
-    namespace = _backend.namespace(x, "temporal_shift_")
+    namespace = None if is_transformed() else _backend.namespace(x, "temporal_shift_")
     if namespace is None:
         return _reference_inplace(x, n_segment, fold_div, mode)
     if torch.compiler.is_compiling():  # a compiler has no in-place: this is what it makes of one
@@ -71,10 +83,14 @@ def _check(x, n_segment, fold_div, mode) -> None:
 
 def _reference(x: Tensor, n_segment: int | None, fold_div: int, mode: str) -> Tensor:
     fold = x.size(1) // fold_div
+    groups, offsets = (slice(0, fold), slice(fold, 2 * fold), slice(2 * fold, None)), (*_offsets(mode), 0)
+    if torch.jit.is_tracing():  # which makes constants of what slices are written to
+        frames = F.pad(to_clips(x, n_segment), (0, 0, 0, 0, 0, 0, 1, 1))
+        parts = [frames[:, 1 + o : frames.size(1) - 1 + o, group] for group, o in zip(groups, offsets)]
+        return from_clips(torch.cat(parts, 2), x)
     y = torch.zeros_like(x)
     source, target = to_clips(x, n_segment), to_clips(y, n_segment)
-    groups = (slice(0, fold), slice(fold, 2 * fold), slice(2 * fold, None))
-    for group, offset in zip(groups, (*_offsets(mode), 0)):
+    for group, offset in zip(groups, offsets):
         if offset > 0:
             target[:, :-1, group] = source[:, 1:, group]
         elif offset < 0:
