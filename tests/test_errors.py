@@ -160,3 +160,19 @@ def test_direct_calls_check_devices(case):
         pytest.skip(f"{case} takes one tensor")
     with pytest.raises((RuntimeError, ValueError)):
         case.call(x, n_segment, *(o.to("meta") for o in others))
+
+
+HUGE = {
+    "temporal_shift": {"fold_div": 2**70},
+    "temporal_shift_": {"fold_div": 2**70},
+    "temporal_conv": {"weight": torch.randn(16, 3), "n_segment": 2**70},
+    "shift_conv1x1": {"weight": CONV, "fold_div": 2**70},
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_numbers_beyond_64_bits(name):
+    with pytest.raises(ValueError, match="must fit 64 bits, got 1180591620717411303424"):
+        getattr(tempops, name)(X.clone(), **{"n_segment": 4, **HUGE[name]})
+    with pytest.raises(ValueError, match="pool must fit 64 bits"):
+        tempops.frame_difference(X, 4, 2**70)
