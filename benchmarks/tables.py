@@ -12,6 +12,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -407,18 +408,33 @@ def plot(results: list[tuple[Table, list[Line]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def positive(kind: type) -> Callable[[str], float]:
+    """A parser of arguments: a number of this kind above 0."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a positive {kind.__name__}, got {text}")
+        return value
+
+    return parse
+
+
 def arguments(argv: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n")[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(NAMES)}, or all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--batch", type=int, help="clips at once; as published on a GPU, else 1")
-    parser.add_argument("--frames", type=int, help="frames for a published 8; others in proportion")
-    parser.add_argument("--size", type=int, help="pixels for a published 224; 224 on a GPU, else 112")
+    parser.add_argument("--batch", type=positive(int), help="clips at once; as published on a GPU, else 1")
+    parser.add_argument("--frames", type=positive(int), help="frames for a published 8; others in proportion")
+    parser.add_argument("--size", type=positive(int), help="pixels for a published 224; 224 on a GPU, else 112")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; only on a GPU unless given"
     )
-    parser.add_argument("--seconds", type=float, default=0.5, help="of timed calls for each figure")
+    parser.add_argument("--seconds", type=positive(float), default=0.5, help="of timed calls for each figure")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for tables.md, tables.json and tables.png")
     args = parser.parse_args(argv)
     for name in args.tables:
@@ -429,6 +445,18 @@ def arguments(argv: Iterable[str] | None = None) -> argparse.Namespace:
         parser.error(f"this needs {', '.join(missing)}; install with: pip install -e '.[tables]'")
     if not args.out.is_dir():
         parser.error(f"there is no folder {args.out}")
+    try:
+        torch.zeros((), device=args.device).item()
+    except (AssertionError, ImportError, RuntimeError):
+        parser.error(f"PyTorch finds no device {args.device}")
+    args.tables = NAMES if not args.tables or "all" in args.tables else tuple(dict.fromkeys(args.tables))
+    tables = [table for name in args.tables for table in TABLES.get(name, ())]
+    for run in (run for table in tables for row in table.rows for run in row.runs) if args.frames else ():
+        try:
+            with torch.device("meta"):
+                run.make(frames_of(run, args))
+        except ValueError as error:
+            parser.error(f"--frames {args.frames} does not suit {run.model}: {error}")
     return args
 
 
@@ -436,7 +464,6 @@ def main(argv: Iterable[str] | None = None) -> None:
     from tqdm import tqdm
 
     args = arguments(argv)
-    names = NAMES if not args.tables or "all" in args.tables else tuple(dict.fromkeys(args.tables))
     on_gpu = args.device.startswith("cuda")
     setting = Setting(
         device=torch.device(args.device),
@@ -449,9 +476,10 @@ def main(argv: Iterable[str] | None = None) -> None:
     )
     contention = Contention()
     results: list[tuple[Table, list[Line]]] = []
-    total = sum(len(table.rows) for name in names for table in TABLES.get(name, ())) + len(set(names) & set(SPECIAL))
+    total = sum(len(table.rows) for name in args.tables for table in TABLES.get(name, ()))
+    total += len(set(args.tables) & set(SPECIAL))
     with tqdm(total=total, leave=False) as bar:
-        for name in names:
+        for name in args.tables:
             bar.set_description_str(name)
             if name == "menet2":
                 results.append(menet2(setting))

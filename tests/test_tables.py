@@ -19,7 +19,7 @@ def main(monkeypatch):
 
 
 def test_tables(main, tmp_path, capsys):
-    main(["gte1", "tdn5", "--size", "32", "--frames", "2", "--seconds", "0", "--out", str(tmp_path)])
+    main(["gte1", "tdn5", "--size", "32", "--frames", "2", "--seconds", "0.001", "--out", str(tmp_path)])
     page = (tmp_path / "tables.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     assert "| GTE | 4.875 (0.54x) | 4.312 (0.48x) |" in page and "| TEA | 35 (1.06x) | - | - | - | published" in page
@@ -38,6 +38,17 @@ def test_tables(main, tmp_path, capsys):
         (["gte9"], "there is no table gte9; there are menet2, gte1, "),
         (["gte1", "--out", "/nowhere/at/all"], "there is no folder"),
         (["gte1", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["gte1", "--size", "0"], "argument --size: must be a positive int, got 0"),
+        (["gte1", "--batch", "-1"], "argument --batch: must be a positive int, got -1"),
+        (["gte1", "--frames", "0"], "argument --frames: must be a positive int, got 0"),
+        (["gte1", "--frames", "2.5"], "argument --frames: must be a positive int, got 2.5"),
+        (["gte1", "--seconds", "0"], "argument --seconds: must be a positive float, got 0"),
+        (["gte1", "--seconds", "inf"], "argument --seconds: must be a positive float, got inf"),
+        (["gte1", "--seconds", "nan"], "argument --seconds: must be a positive float, got nan"),
+        (["gte1", "--device", "cuda:99"], "PyTorch finds no device cuda:99"),
+        (["gte1", "--device", "banana"], "PyTorch finds no device banana"),
+        (["gte1", "--device", "meta"], "PyTorch finds no device meta"),
+        (["gte1", "cmr3", "--frames", "1"], "--frames 1 does not suit cmr: n_segment must be at least 2, got 1"),
     ],
 )
 def test_wrong_calls(main, capsys, arguments, message):

@@ -1,6 +1,6 @@
 """The ResNet that the papers change: torchvision's parameter names, and a place for a layer before each convolution."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,18 @@ ARCHITECTURES = {
 }
 
 
+def check_stages(name: str, counts: object, least: int = 0) -> tuple[int, ...]:
+    """`counts` as a tuple; raises unless it is one integer for each of the four stages, none below `least`."""
+    if not isinstance(counts, Iterable):
+        raise TypeError(f"{name} must be 4 ints, one a stage, got {type(counts).__name__}")
+    counts = tuple(counts)
+    if len(counts) != 4:
+        raise ValueError(f"{name} must be 4 ints, one a stage, got {counts}")
+    for i, count in enumerate(counts):
+        check_int(f"{name}[{i}]", count, least=least)
+    return counts
+
+
 class ResNet(nn.Module):
     """A ResNet that classifies clips: the mean of its segments' scores.
 
@@ -113,11 +125,13 @@ class ResNet(nn.Module):
         super().__init__()
         check_int("num_classes", num_classes, least=1)
         check_int("n_segment", n_segment, least=1)
+        check_int("width", width, least=1)
+        check_int("frames", frames, least=1)
         check_choice("depth", depth, self.depths)
         self.n_segment = n_segment
         self.in_channels = 3 * frames
         self.block, default_layers = ARCHITECTURES[depth]
-        layers = default_layers if layers is None else tuple(layers)
+        layers = default_layers if layers is None else check_stages("layers", layers, least=1)
         self.backbone = {"depth": depth, "layers": layers, "width": width}
         widths = [width * 2**i for i in range(4)]
         inputs = [width, *(self.block.expansion * w for w in widths)]

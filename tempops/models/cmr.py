@@ -1,7 +1,7 @@
 """CMR: Wu et al., "Learning Comprehensive Motion Representation for Action Recognition" (paper 002)."""
 
 from ..nn import ChannelMotionEnhancement, GatedInteraction, SpatialMotionEnhancement, TemporalInteraction
-from ..ops._contract import check_choice
+from ..ops._contract import check_choice, check_int
 from ._resnet import ResNet
 
 PLACES = ("all", "first", "none")
@@ -12,7 +12,8 @@ class CMR(ResNet):
 
     32.8 G multiply-adds (224x224, 8 frames, ResNet-50; published: 33), 29.9 M parameters (174 classes); 39.3 G with a
     dense convolution in SME. The paper leaves open: "the input" is that of the residual branch [D]; SME comes after the
-    block's last ReLU [D] and its 1x1 convolution is depthwise [D], as the published multiply-adds need. T at least 2.
+    block's last ReLU [D] and its 1x1 convolution is depthwise [D], as the published multiply-adds need. T at least 2,
+    where there is SME.
 
     Args:
         reduction: CME's r.
@@ -34,6 +35,8 @@ class CMR(ResNet):
         super().__init__(num_classes, n_segment, **backbone)
         check_choice("cme", cme, PLACES)
         check_choice("sme", sme, PLACES)
+        if sme != "none":
+            check_int("n_segment", n_segment, least=2)
         for _, place, block in self.blocks():
             channels = block.conv1.in_channels
             if cme == "all" or (cme == "first" and place == 0):

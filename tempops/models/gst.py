@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import TemporalConv2d
+from ..ops._contract import check_int
 from ._resnet import ResNet
 
 
@@ -12,13 +13,14 @@ class GST(ResNet):
 
     The first gives three quarters of the result's channels, the second the last quarter ([P]). 29.0 G multiply-adds
     (224x224, 8 frames, ResNet-50; published: 29.5), 21.0 M parameters (174 classes). [D]: an image network's weights
-    are cut alike, and the 3x3x3 part is inflated as I3D does.
+    are cut alike, and the 3x3x3 part is inflated as I3D does. ``width`` at least 4.
     """
 
     depths = (50, 101)
 
     def __init__(self, num_classes: int, n_segment: int = 8, **backbone) -> None:
         super().__init__(num_classes, n_segment, **backbone)
+        check_int("width", self.backbone["width"], least=4)
         for _, _, block in self.blocks():
             block.conv2 = _Grouped(block.conv2.in_channels, n_segment, block.conv2.stride[0])
 

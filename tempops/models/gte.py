@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LearnableTemporalShift
-from ..ops._contract import check_choice
+from ..ops._contract import check_choice, check_int
 from ._resnet import ResNet
 
 VARIANTS = ("paper", "depthwise")
@@ -27,7 +27,7 @@ class GTE(ResNet):
     give 18.67 M. LTS comes before the stride. [D]: an image network's weights are cut alike.
 
     Args:
-        t: the temporal branch's share of the result's channels.
+        t: the temporal branch's share of the result's channels; at least one of them.
         variant: ``"paper"`` or ``"depthwise"``.
     """
 
@@ -38,8 +38,11 @@ class GTE(ResNet):
     ) -> None:
         super().__init__(num_classes, n_segment, **backbone)
         check_choice("variant", variant, VARIANTS)
+        check_int("width", width := self.backbone["width"], least=2)
         if not 0 < t < 1:
             raise ValueError(f"t must be between 0 and 1, got {t}")
+        if t * width < 1:
+            raise ValueError(f"t must give the temporal branch at least one of {width} channels, got {t}")
         for _, _, block in self.blocks():
             conv2 = block.conv2
             block.conv2 = _Grouped(conv2.in_channels, n_segment, conv2.stride[0], int(t * conv2.in_channels), variant)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..nn import FeatureEnhancement, TemporalExtraction
-from ._resnet import ResNet
+from ._resnet import ResNet, check_stages
 
 
 class TEFE(ResNet):
@@ -34,8 +34,10 @@ class TEFE(ResNet):
     ) -> None:
         super().__init__(num_classes, n_segment, **backbone)
         sizes = [len(stage) for stage in self.stages]
+        te = check_stages("te", te)
         if fe is None:
-            fe = (0, *(size - count for size, count in zip(sizes[1:], te[1:])))
+            fe = (0, *(max(0, size - count) for size, count in zip(sizes[1:], te[1:])))
+        fe = check_stages("fe", fe)
         if any(a + b > size for a, b, size in zip(te, fe, sizes)):
             raise ValueError(f"te and fe must fit stages of {sizes} blocks, got {list(te)} and {list(fe)}")
         for stage, place, block in self.blocks():

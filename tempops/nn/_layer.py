@@ -62,4 +62,5 @@ def set_segments(model: nn.Module, n_segment: int) -> None:
 
 def reduced(channels: int, reduction: int) -> int:
     """C/r, at least 1."""
+    check_int("reduction", reduction, least=1)
     return max(1, channels // reduction)

@@ -53,6 +53,8 @@ class SpatialMotionEnhancement(TemporalLayer):
 
     def __init__(self, channels: int, n_segment: int, dense: bool = False) -> None:
         super().__init__(n_segment)
+        if not isinstance(dense, bool):
+            raise TypeError(f"dense must be a bool, got {type(dense).__name__}")
         self.conv = nn.Conv2d(channels, channels, 1, bias=False) if dense else None
         self.scale = None if dense else nn.Parameter(torch.ones(channels))
         self.bn = nn.BatchNorm2d(channels)

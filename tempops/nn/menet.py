@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import motion_enhance, temporal_shift
+from ..ops._contract import check_int
 from ._layer import TemporalLayer
 
 
@@ -27,6 +28,7 @@ class MotionEnhancement(nn.Module):
 
     def __init__(self, n_frames: int = 4, channels: int = 5) -> None:
         super().__init__()
+        check_int("n_frames", n_frames, least=2)
         self.n_frames = n_frames
         self.conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import temporal_conv
+from ..ops._contract import check_int
 from ._layer import TemporalLayer, reduced
 
 
@@ -29,6 +30,9 @@ class TemporalAdaptive(TemporalLayer):
 
     def __init__(self, channels: int, n_segment: int, reduction: int = 4, taps: int = 3) -> None:
         super().__init__(n_segment)
+        check_int("taps", taps, least=1)
+        if taps % 2 == 0:
+            raise ValueError(f"taps must be odd, got {taps}")
         squeezed = reduced(channels, reduction)
         self.kernel = nn.Sequential(
             nn.Linear(n_segment, 2 * n_segment, bias=False),
