@@ -78,7 +78,7 @@ def _triton_interprets() -> bool:
 
 def why_not(name: str) -> str | None:
     """Why the back end cannot be used here, in a few words; None where it can."""
-    no_gpu = None if torch.cuda.is_available() else "PyTorch finds no GPU"
+    no_gpu = _too_old() if torch.cuda.is_available() else "PyTorch finds no GPU"
     if name == "cuda":
         return _cuda_missing or no_gpu
     if name == "triton":
@@ -86,12 +86,21 @@ def why_not(name: str) -> str | None:
     return None
 
 
+@functools.cache
+def _too_old() -> str | None:
+    """Why none of the GPUs here runs the kernels; None where one does, or where there is no GPU."""
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if capabilities and max(capabilities) < (8, 0):
+        return "the GPU has compute capability {}.{}, and the kernels need 8.0".format(*max(capabilities))
+    return None
+
+
 @torch.compiler.assume_constant_result
 @functools.cache
 def why_not_on_cuda(op: str) -> str | None:
     """Why no CUDA kernels run an op here; None where they do."""
-    if _cuda_missing:
-        return _cuda_missing
+    if reason := _cuda_missing or _too_old():
+        return reason
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"tempops::{op}", "CUDA"):
         return f"this version of tempops has no CUDA kernels of {op}"
     return None
@@ -104,11 +113,12 @@ def _on_cuda(op: str) -> str | None:
 
     A choice by dtype, layout or size belongs here.
     """
-    if why_not_on_cuda(op) is None:
+    no_cuda, no_triton = why_not_on_cuda(op), _too_old() or _load_triton()
+    if no_cuda is None:
         return "tempops"
-    if _load_triton() is None:
+    if no_triton is None:
         return "tempops_triton"
-    reasons = f"{why_not_on_cuda(op)}; {_load_triton()}"
+    reasons = "; ".join(dict.fromkeys((no_cuda, no_triton)))
     warnings.warn(f"tempops.{op} runs in eager PyTorch on the GPU: {reasons}", stacklevel=3)
     return None
 

@@ -135,6 +135,22 @@ def test_export(case):
             torch.testing.assert_close(out, wanted)
 
 
+def test_a_gpu_older_than_the_kernels_gets_eager(monkeypatch):
+    """Rather than a launch that fails: no binary is for it."""
+    cached = (_backend._too_old, _backend.why_not_on_cuda, _backend._on_cuda)
+    monkeypatch.setattr(_backend, "_cuda_missing", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    for function in cached:
+        function.cache_clear()
+    try:
+        with FakeTensorMode(), pytest.warns(UserWarning, match="on the GPU: the GPU has compute capability 7.5, and"):
+            assert _backend.namespace(torch.empty(8, 16, 5, 5, device="cuda"), "temporal_shift") is None
+    finally:
+        for function in cached:
+            function.cache_clear()
+
+
 @pytest.mark.filterwarnings("ignore")  # the older exporter says so
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dynamo", (True, False), ids=("new", "old"))

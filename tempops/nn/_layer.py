@@ -47,6 +47,16 @@ class ChannelGate(TemporalLayer):
         return x * self.gate(x)[..., None, None]
 
 
+class SqueezedGate(ChannelGate):
+    """A gate of three linear layers without bias: `w1` and `w2` ``[C/r, C]``, `w3` ``[C, C/r]``, r the `reduction`."""
+
+    def __init__(self, channels: int, n_segment: int, reduction: int = 8) -> None:
+        super().__init__(n_segment)
+        self.w1 = nn.Linear(channels, reduced(channels, reduction), bias=False)
+        self.w2 = nn.Linear(channels, reduced(channels, reduction), bias=False)
+        self.w3 = nn.Linear(reduced(channels, reduction), channels, bias=False)
+
+
 def set_segments(model: nn.Module, n_segment: int) -> None:
     """Gives every temporal layer of a module another T; where one can not have it, ValueError and nothing changes.
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import channel_motion_gate, cosine_gate
-from ._layer import ChannelGate, TemporalLayer, reduced
+from ._layer import SqueezedGate, TemporalLayer
 
 
-class ChannelMotionEnhancement(ChannelGate):
+class ChannelMotionEnhancement(SqueezedGate):
     r"""CME: channels are weighed by what the frame's clip shows, the frames that differ from it most.
 
     .. math::
@@ -20,12 +20,6 @@ class ChannelMotionEnhancement(ChannelGate):
         n_segment: T.
         reduction: r; the weights are ``[C/r, C]`` twice and ``[C, C/r]``. Linear layers' default initial values [D].
     """
-
-    def __init__(self, channels: int, n_segment: int, reduction: int = 8) -> None:
-        super().__init__(n_segment)
-        self.w1 = nn.Linear(channels, reduced(channels, reduction), bias=False)
-        self.w2 = nn.Linear(channels, reduced(channels, reduction), bias=False)
-        self.w3 = nn.Linear(reduced(channels, reduction), channels, bias=False)
 
     def gate(self, x: Tensor) -> Tensor:
         weights = self.w1.weight, self.w2.weight, self.w3.weight

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import temporal_conv
-from ._layer import ChannelGate, TemporalLayer, reduced
+from ._layer import ChannelGate, SqueezedGate, TemporalLayer
 
 
 def shifting_taps(channels: int, first: int, second: int) -> Tensor:
@@ -41,7 +41,7 @@ class TemporalInteraction(TemporalLayer):
         return temporal_conv(x, self.weight, self.n_segment, gate)
 
 
-class MotionExcitation(ChannelGate):
+class MotionExcitation(SqueezedGate):
     r"""MEM: channels are weighed by how the pooled frame differs from the next one.
 
     .. math::
@@ -54,12 +54,6 @@ class MotionExcitation(ChannelGate):
         n_segment: T.
         reduction: r; the weights are ``[C/r, C]`` twice and ``[C, C/r]``. Linear layers' default initial values.
     """
-
-    def __init__(self, channels: int, n_segment: int, reduction: int = 8) -> None:
-        super().__init__(n_segment)
-        self.w1 = nn.Linear(channels, reduced(channels, reduction), bias=False)
-        self.w2 = nn.Linear(channels, reduced(channels, reduction), bias=False)
-        self.w3 = nn.Linear(reduced(channels, reduction), channels, bias=False)
 
     def gate(self, x: Tensor) -> Tensor:
         pooled = self.split(x.mean((2, 3)))
