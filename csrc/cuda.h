@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <cstring>
+
 #include "common.h"
 
 namespace tempops {
@@ -37,8 +39,20 @@ class DeviceGuard {
 };
 
 struct Grid {
-  int64_t x, y = 1;  // blocks; kernels loop over y, so that it may be cut to what a grid can have
+  int64_t x, y = 1;             // blocks; kernels loop over y, so that it may be cut to what a grid can have
+  unsigned threads = kThreads;  // of a block
+  size_t shared = 0;            // bytes of dynamic_memory
 };
+
+// The shared memory that the launch gave the block.
+__device__ inline char* dynamic_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+#else
+  return cuda_sim::dynamic_memory();
+#endif
+}
 
 inline int64_t blocks_for(int64_t items, int64_t of_block = kThreads) {
   return (items + of_block - 1) / of_block;
@@ -53,8 +67,12 @@ void launch(const DeviceGuard& guard, void (*kernel)(Parameters...), Grid grid, 
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(guard.device(), &stream));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y < 65535 ? grid.y : 65535));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(grid.threads);
   config.stream = static_cast<cudaStream_t>(stream);
+  config.dynamicSmemBytes = grid.shared;
+  if (grid.shared > 48 * 1024)  // what a kernel may have without asking
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared)));
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
@@ -62,16 +80,55 @@ void launch(const DeviceGuard& guard, void (*kernel)(Parameters...), Grid grid, 
 template <class scalar>
 using acc_t = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
 
-// V adjacent elements: one load, one store.
+// What one instruction loads or stores, by its bytes.
+template <size_t bytes>
+using word_t =
+    std::conditional_t<bytes == 16, uint4,
+                       std::conditional_t<bytes == 8, uint2, std::conditional_t<bytes == 4, uint32_t, uint16_t>>>;
+
+// *to = word in one instruction; nvcc 13.0 splits wide stores in loops when left to itself.
+template <class word>
+__device__ void store_word(word* to, word bits) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(word) == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                 "r"(bits.w)
+                 : "memory");
+  else if constexpr (sizeof(word) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y) : "memory");
+  else
+#endif
+    *to = bits;
+}
+
+// Makes of v a value that the compiler keeps in a register; it would compute it again in each round of a loop.
+template <class number>
+__device__ void keep(number& v) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(number) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
+#endif
+}
+
+// V adjacent elements of global memory: one load, one store.
 template <class scalar, int V>
 struct alignas(sizeof(scalar) * V) Pack {
   scalar v[V];
+  using word = word_t<sizeof(scalar) * V>;
+  static_assert(sizeof(word) == sizeof(scalar) * V);
 
   __device__ static Pack load(const scalar* from) {
-    return *reinterpret_cast<const Pack*>(from);
+    const word bits = *reinterpret_cast<const word*>(from);
+    Pack pack;
+    memcpy(&pack, &bits, sizeof(word));
+    return pack;
   }
   __device__ void store(scalar* to) const {
-    *reinterpret_cast<Pack*>(to) = *this;
+    word bits;
+    memcpy(&bits, this, sizeof(word));
+    store_word(reinterpret_cast<word*>(to), bits);
   }
 };
 
@@ -80,6 +137,20 @@ struct alignas(sizeof(scalar) * V) Pack {
 __device__ inline int64_t quotient(int64_t a, int64_t b) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
+
+// Frame t of clip n, and the next ones.
+struct FrameAt {
+  int n, t;
+
+  __device__ FrameAt(int64_t frame, int T)
+      : n(static_cast<int>(quotient(frame, T))), t(static_cast<int>(frame) - n * T) {}
+  __device__ void advance(int T) {
+    if (++t == T) {
+      t = 0;
+      ++n;
+    }
+  }
+};
 
 // Whether accesses of V elements may be used in a tensor: it begins at a multiple of them, and frames, runs (`pitch`
 // apart) and what is in a run (`length` elements) are multiples too.
@@ -132,7 +203,8 @@ struct Frame {
     const bool dense = (x.dense_frames() && ... && others.dense_frames());
     runs = dense ? 1 : channels_last ? P : C;
     length = dense ? C * P : channels_last ? C : P;
-    TEMPOPS_CHECK(C * P <= 0xffffffff && N * T <= 0xffffffff, "frames of more than 2^32 elements are not supported");
+    TEMPOPS_CHECK(C * P <= 0xffffffff && N * T <= 0x7fffffff,
+                  "frames of more than 2^32 elements, or more than 2^31 of them, are not supported");
   }
 
   template <class scalar>
@@ -143,6 +215,22 @@ struct Frame {
   __device__ int64_t channel(int64_t run, int64_t i) const {
     if (channels_last) return runs == 1 ? i - quotient(i, C) * C : i;
     return runs == 1 ? quotient(i, P) : run;
+  }
+
+  // The channels of elements i, i + 1, ... of a run.
+  template <int V>
+  __device__ void channels(int64_t run, int64_t i, uint32_t (&c)[V]) const {
+    c[0] = static_cast<uint32_t>(channel(run, i));
+    const uint32_t count = static_cast<uint32_t>(C), pixels = static_cast<uint32_t>(P);
+    uint32_t pixel = static_cast<uint32_t>(runs == 1 ? i - c[0] * P : i);  // planar
+    for (int v = 1; v < V; ++v) {
+      if (channels_last) {
+        c[v] = c[v - 1] + 1 == count ? 0 : c[v - 1] + 1;
+      } else {
+        pixel = pixel + 1 == pixels ? 0 : pixel + 1;
+        c[v] = c[v - 1] + (pixel == 0);
+      }
+    }
   }
 
   // How many elements one access may have: as many as fit 16 bytes where every run of every tensor begins at a multiple

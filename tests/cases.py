@@ -41,7 +41,7 @@ def why_not(backend: str, op: str, device: str) -> str | None:
     """Why a back end does not run an op on a device's tensors; None where it does."""
     try:
         with tempops.backend(backend):
-            _backend.namespace(torch.empty(0, device=device), op)
+            _backend.namespace(torch.device(device).type, op)
     except RuntimeError as error:
         return str(error)
     return None
@@ -115,6 +115,8 @@ CASES = [
     Case("motion_attention-centered", partial(motion_attention, centered=True), two_like_x, benchmark=False),
     Case("frame_difference", lambda x, t: tempops.frame_difference(x, 5), linear=True, ranks=(4,), channel_divisor=5,
          reach=0, activations=("15x224",)),
+    Case("frame_difference-pool", lambda x, t: tempops.frame_difference(x, 5, 3), linear=True, ranks=(4,),
+         channel_divisor=5, reach=0, benchmark=False),
     Case("channel_motion_gate", lambda pooled, t, w1, w2, w3: tempops.channel_motion_gate(pooled, w1, w2, w3, t),
          squeeze_and_expand, ranks=(2,), reach=None, from_activation=lambda a: a.mean((2, 3)), matmul=True),
     Case("shift_conv1x1", lambda x, t, w: tempops.shift_conv1x1(x, w, None, t),

@@ -29,7 +29,9 @@ SHAPES = (
     Shape(3, 2, 24, 1, 1),  # one pixel
     Shape(1, 3, 20, 37, 41),  # planes past one tile, nothing a multiple of anything
     Shape(1, 2, 1100, 2, 3),  # more channels than one tile
-    Shape(1, 3, 192, 8, 9),  # whole 16-byte accesses everywhere, several tiles
+    Shape(1, 2, 24, 6, 6),  # planes of whole 8-byte accesses, not of 16 bytes in 16-bit dtypes
+    Shape(1, 3, 192, 16, 9),  # whole 16-byte accesses everywhere, several tiles
+    Shape(1, 2, 16, 3, 152),  # wide rows of few channels: several tiles of one
     Shape(0, 4, 8, 3, 3),  # no clips
 )
 

@@ -1,5 +1,7 @@
 // frame_difference on CUDA. What is pooled are differences, not frames: the difference of two means of frames that are
 // alike would lose digits.
+#include <cuda_pipeline_primitives.h>
+
 #include "../cuda.h"
 #include "arguments.h"
 
@@ -19,36 +21,185 @@ struct Maps {
   }
 };
 
-// Planar maps pooled by 2: a thread has V columns of two rows and walks the frames of a channel with the last one in
-// registers.
+// Planar maps pooled by 2: a thread has V columns of two rows and walks the frames of a channel. What comes after a
+// pair is on its way while the pair is subtracted.
 template <class scalar, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     difference_rows_kernel(Maps<scalar> y, Maps<const scalar> x, Frames f, int64_t N, int64_t W) {
   using acc = acc_t<scalar>;
+  struct Rows {
+    Pack<scalar, V> row[2];
+  };
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, packs = W / V;
   const int64_t row = quotient(at, packs), c = quotient(row, f.height), h = row - c * f.height;
   const int64_t column = at - row * packs;
   if (c >= f.C) return;
   for (int64_t n = blockIdx.y; n < N; n += gridDim.y) {
-    Pack<scalar, V> before[2];
-    for (int64_t j = 0; j < f.F; ++j) {
-      const scalar* from = x.at(n, j * f.C + c, 2 * h * W + column * V);
-      const Pack<scalar, V> here[2] = {Pack<scalar, V>::load(from), Pack<scalar, V>::load(from + W)};
-      if (j > 0) {
-        Pack<scalar, V / 2> out;
-        for (int k = 0; k < V / 2; ++k) {
-          acc sum[2];
-          for (int a = 0; a < 2; ++a)
-            sum[a] = (static_cast<acc>(here[a].v[2 * k]) - static_cast<acc>(before[a].v[2 * k])) +
-                     (static_cast<acc>(here[a].v[2 * k + 1]) - static_cast<acc>(before[a].v[2 * k + 1]));
-          out.v[k] = static_cast<scalar>((sum[0] + sum[1]) * acc(0.25));
+    const scalar* from = x.at(n, c, 2 * h * W + column * V);
+    scalar* to = y.at(n, c, h * f.width + column * (V / 2));
+    const auto load = [&] {
+      const Rows rows{{Pack<scalar, V>::load(from), Pack<scalar, V>::load(from + W)}};
+      from += f.C * x.sc;
+      return rows;
+    };
+    Rows before = load(), here = load(), next = here;
+#pragma unroll 1
+    for (int64_t j = 1; j < f.F; ++j) {
+      if (j + 1 < f.F) next = load();
+      Pack<scalar, V / 2> out;
+      for (int k = 0; k < V / 2; ++k) {
+        acc sum[2];
+        for (int a = 0; a < 2; ++a) {
+          const scalar *minus = before.row[a].v + 2 * k, *plus = here.row[a].v + 2 * k;
+          sum[a] = (static_cast<acc>(plus[0]) - static_cast<acc>(minus[0])) +
+                   (static_cast<acc>(plus[1]) - static_cast<acc>(minus[1]));
         }
-        out.store(y.at(n, (j - 1) * f.C + c, h * f.width + column * (V / 2)));
+        out.v[k] = static_cast<scalar>((sum[0] + sum[1]) * acc(0.25));
       }
-      before[0] = here[0];
-      before[1] = here[1];
+      out.store(to);
+      to += f.C * y.sc;
+      before = here;
+      here = next;
     }
   }
+}
+
+// The transpose: dx_j = (dy_{j-1} - dy_j) / 4 in both rows. A row left over gets zero.
+template <class scalar, int V>
+__global__ void __launch_bounds__(kThreads, 5)
+    gradient_rows_kernel(Maps<scalar> dx, Maps<const scalar> dy, Frames f, int64_t N, int64_t H, int64_t W) {
+  using acc = acc_t<scalar>;
+  using Pooled = Pack<scalar, V / 2>;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, packs = W / V;
+  const int64_t row = quotient(at, packs), windows = (H + 1) / 2, c = quotient(row, windows), h = row - c * windows;
+  const int64_t column = at - row * packs;
+  if (c >= f.C) return;
+  for (int64_t n = blockIdx.y; n < N; n += gridDim.y) {
+    const scalar* from = dy.at(n, c, h * f.width + column * (V / 2));
+    scalar* to = dx.at(n, c, 2 * h * W + column * V);
+    const auto load = [&](int64_t j) {
+      return h < f.height && j < f.F - 1 ? Pooled::load(from + j * f.C * dy.sc) : Pooled{};
+    };
+    Pooled earlier = {}, later = load(0);
+#pragma unroll 1
+    for (int64_t j = 0; j < f.F; ++j) {
+      const Pooled next = load(j + 1);
+      Pack<scalar, V> out;
+      for (int k = 0; k < V; ++k)
+        out.v[k] =
+            static_cast<scalar>((static_cast<acc>(earlier.v[k / 2]) - static_cast<acc>(later.v[k / 2])) * acc(0.25));
+      out.store(to);
+      if (2 * h + 1 < H) out.store(to + W);
+      to += f.C * dx.sc;
+      earlier = later;
+      later = next;
+    }
+  }
+}
+
+// How dense channels_last maps of few channels, pooled by 2, are cut: a block takes `windows` adjacent windows of a
+// row. They go through shared memory: a channel's pixels and results are too far apart for wide accesses.
+struct Tile {
+  static constexpr int kBytes = 16384;  // of the windows' pixels
+
+  int windows = 0;
+  int64_t count = 0;  // tiles of a row; 0 where a frame has too many channels
+
+  Tile(const Frames& f, int64_t row, int size) {
+    const int V = kWidestBytes / size;
+    const int64_t most = kBytes / (4 * f.F * f.C * size) / V * V;  // every tile begins at a multiple of 16 bytes
+    if (most == 0) return;
+    count = blocks_for(row, most);
+    windows = static_cast<int>(blocks_for(blocks_for(row, count), V) * V);
+  }
+};
+
+// `frames` and `channels` are f's where they are constants, else 0.
+template <class scalar, int frames, int channels>
+__global__ void __launch_bounds__(kThreads)
+    difference_tile_kernel(Maps<scalar> y, Maps<const scalar> x, Frames f, Tile tile, int64_t N, int64_t W) {
+  using acc = acc_t<scalar>;
+  constexpr int V = kWidestBytes / sizeof(scalar), kPacks = Tile::kBytes / kWidestBytes;  // kPacks / 2 of a row
+  __shared__ Pack<scalar, V> pixels[kPacks], results[kPacks / 4];
+  const int F = frames ? frames : static_cast<int>(f.F), C = channels ? channels : static_cast<int>(f.C);
+  const int FC = F * C, moving = FC - C, i = static_cast<int>(threadIdx.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * tile.windows;
+  const int windows = static_cast<int>(f.width - first < tile.windows ? f.width - first : tile.windows);
+  for (int64_t row = blockIdx.y; row < N * f.height; row += gridDim.y) {
+    const int64_t n = quotient(row, f.height), h = row - n * f.height;
+    const scalar* from = x.at(n, 0, 2 * (h * W + first));
+    for (int at = i; at * V < 2 * windows * FC; at += kThreads)
+      for (int a = 0; a < 2; ++a)
+        __pipeline_memcpy_async(pixels + a * (kPacks / 2) + at, from + a * W * FC + at * V, kWidestBytes);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    for (int item = i; item < windows * C; item += kThreads) {
+      const int w = item / C, c = item - w * C;
+      const scalar* upper = pixels[0].v + 2 * w * FC + c;
+      const scalar* lower = upper + kPacks / 2 * V;
+      scalar* out = results[0].v + w * moving + c;
+      acc before[4];
+#pragma unroll
+      for (int j = 0; j < F; ++j) {
+        const acc here[4] = {static_cast<acc>(upper[j * C]), static_cast<acc>(upper[j * C + FC]),
+                             static_cast<acc>(lower[j * C]), static_cast<acc>(lower[j * C + FC])};
+        if (j > 0) {
+          const acc sum =
+              ((here[0] - before[0]) + (here[1] - before[1])) + ((here[2] - before[2]) + (here[3] - before[3]));
+          out[(j - 1) * C] = static_cast<scalar>(sum * acc(0.25));
+        }
+        for (int k = 0; k < 4; ++k) before[k] = here[k];
+      }
+    }
+    __syncthreads();
+    scalar* to = y.at(n, 0, h * f.width + first);
+    for (int at = i; at * V < windows * moving; at += kThreads) results[at].store(to + at * V);
+  }
+}
+
+// The transpose, as for planar maps; a column left over gets zero too.
+template <class scalar, int frames, int channels>
+__global__ void __launch_bounds__(kThreads)
+    gradient_tile_kernel(Maps<scalar> dx, Maps<const scalar> dy, Frames f, Tile tile, int64_t N, int64_t H, int64_t W) {
+  using acc = acc_t<scalar>;
+  constexpr int V = kWidestBytes / sizeof(scalar), kPacks = Tile::kBytes / kWidestBytes;
+  __shared__ Pack<scalar, V> gradients[kPacks / 4], pixels[kPacks / 2];
+  const int F = frames ? frames : static_cast<int>(f.F), C = channels ? channels : static_cast<int>(f.C);
+  const int FC = F * C, moving = FC - C, i = static_cast<int>(threadIdx.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * tile.windows, rows = (H + 1) / 2;
+  const int columns = static_cast<int>(W - 2 * first < 2 * tile.windows ? W - 2 * first : 2 * tile.windows);
+  for (int64_t row = blockIdx.y; row < N * rows; row += gridDim.y) {
+    const int64_t n = quotient(row, rows), h = row - n * rows;
+    const int windows = h < f.height ? columns / 2 : 0;
+    if (i * V < windows * moving) gradients[i] = Pack<scalar, V>::load(dy.at(n, 0, h * f.width + first) + i * V);
+    __syncthreads();
+    for (int item = i; item < (columns + 1) / 2 * C; item += kThreads) {
+      const int w = item / C, c = item - w * C;
+      const scalar* from = gradients[0].v + w * moving + c;
+      scalar* out = pixels[0].v + 2 * w * FC + c;
+      acc earlier = 0;
+#pragma unroll
+      for (int j = 0; j < F; ++j) {
+        const acc later = j < F - 1 && w < windows ? static_cast<acc>(from[j * C]) : acc(0);
+        out[j * C] = out[j * C + FC] = static_cast<scalar>((earlier - later) * acc(0.25));
+        earlier = later;
+      }
+    }
+    __syncthreads();
+    scalar* to = dx.at(n, 0, 2 * (h * W + first));
+    for (int at = i; at * V < columns * FC; at += kThreads) {
+      pixels[at].store(to + at * V);
+      if (2 * h + 1 < H) pixels[at].store(to + W * FC + at * V);
+    }
+  }
+}
+
+// Calls f with frames and channels as constants where they are those of S-TDM, else with zeros.
+template <class F>
+void by_frames(const Frames& f, const F& call) {
+  f.F == 5 && f.C == 3 ? call(std::integral_constant<int, 5>(), std::integral_constant<int, 3>())
+                       : call(std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
 }
 
 // Any layout and window: a thread has one result of a row, or V adjacent channels of one (channels_last). Frames are
@@ -86,39 +237,31 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // dx_j = (dy_{j-1} - dy_j) / pool^2, the same for all pixels of a window; rows and columns left over get zero. A thread
-// has V adjacent elements of a row of dx, which is dense: pixels of a channel (planar) or channels of the row's pixels
-// (channels_last). It writes them to all rows of a window.
+// has one window of a channel, or of V adjacent channels (channels_last).
 template <class scalar, int V, int fixed>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(scalar* dx, Maps<const scalar> dy, Frames f, int64_t rows,
+__global__ void __launch_bounds__(kThreads) gradient_kernel(Maps<scalar> dx, Maps<const scalar> dy, Frames f, int64_t N,
                                                             int64_t H, int64_t W, bool channels_last) {
   using acc = acc_t<scalar>;
-  const int64_t pool = fixed ? fixed : f.pool, FC = f.F * f.C, moving = FC - f.C;
-  const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
-  const int64_t length = channels_last ? W * FC : W, maps = channels_last ? 1 : FC, windows = (H + pool - 1) / pool;
-  if (begin >= length) return;
-  const int64_t pixel = channels_last ? quotient(begin, FC) : begin, channel = channels_last ? begin - pixel * FC : 0;
-  for (int64_t i = blockIdx.y; i < rows * windows; i += gridDim.y) {
-    const int64_t row = quotient(i, windows), h = i - row * windows, n = quotient(row, maps);
-    int64_t w = pixel, c = channels_last ? channel : row - n * maps;
-    Pack<scalar, V> out;
-    for (int k = 0; k < V; ++k) {
-      const int64_t window = quotient(w, pool);
-      acc share = 0;
-      if (h < f.height && window < f.width) {
-        const scalar* later = dy.at(n, c, h * f.width + window);
-        if (c >= f.C) share = static_cast<acc>(*(later - f.C * dy.sc));
-        if (c < moving) share -= static_cast<acc>(*later);
-      }
-      out.v[k] = static_cast<scalar>(fixed == 2 ? share * acc(0.25) : share / static_cast<acc>(pool * pool));
-      if (!channels_last) {
-        ++w;
-      } else if (++c == FC) {
-        c = 0;
-        ++w;
-      }
+  const int64_t pool = fixed ? fixed : f.pool, FC = f.F * f.C;
+  const int64_t rows = (H + pool - 1) / pool, columns = (W + pool - 1) / pool;  // of windows
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t inner = channels_last ? FC / V : columns, outer = quotient(at, inner), rest = at - outer * inner;
+  const int64_t w = channels_last ? outer : rest, c = channels_last ? rest * V : outer;
+  if (outer >= (channels_last ? columns : FC)) return;
+  for (int64_t i = blockIdx.y; i < N * rows; i += gridDim.y) {
+    const int64_t n = quotient(i, rows), h = i - n * rows;
+    Pack<scalar, V> earlier = {}, later = {}, out;
+    if (h < f.height && w < f.width) {
+      const scalar* from = dy.at(n, c, h * f.width + w);
+      if (c >= f.C) earlier = Pack<scalar, V>::load(from - f.C * dy.sc);
+      if (c < FC - f.C) later = Pack<scalar, V>::load(from);
     }
-    for (int64_t a = 0; a < pool; ++a)
-      if (h * pool + a < H) out.store(dx + (row * H + h * pool + a) * length + begin);
+    for (int k = 0; k < V; ++k) {
+      const acc share = static_cast<acc>(earlier.v[k]) - static_cast<acc>(later.v[k]);
+      out.v[k] = static_cast<scalar>(fixed == 2 ? share * acc(0.25) : share / static_cast<acc>(pool * pool));
+    }
+    for (int64_t a = h * pool; a < (h + 1) * pool && a < H; ++a)
+      for (int64_t b = w * pool; b < (w + 1) * pool && b < W; ++b) out.store(dx.at(n, c, a * W + b));
   }
 }
 
@@ -126,6 +269,12 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(scalar* dx, Maps<con
 void check_size(const Clip& x) {
   TEMPOPS_CHECK(x.C * x.P <= 0xffffffff && x.N * x.C * x.H <= 0xffffffff,
                 "maps of more than 2^32 elements, or of more than 2^32 rows, are not supported");
+}
+
+// Whether channels_last maps are dense and their rows begin at multiples of 16 bytes.
+bool whole_rows(const Clip& x) {
+  const int64_t row = x.W * x.C;
+  return x.dense_frames() && whole_packs(x, kWidestBytes / x.tensor.element_size(), row, row);
 }
 
 Tensor frame_difference(const Tensor& x_, int64_t n_frames, int64_t pool) {
@@ -145,6 +294,12 @@ Tensor frame_difference(const Tensor& x_, int64_t n_frames, int64_t pool) {
       const int64_t blocks = blocks_for(f.C * f.height * (x.W / kWide));
       return launch(guard, difference_rows_kernel<scalar, kWide>, {blocks, x.N}, out, source, f, x.N, x.W);
     }
+    const Tile tile(f, f.width, sizeof(scalar));
+    if (pool == 2 && x.channels_last && tile.count && whole_rows(x) && whole_rows(y))
+      return by_frames(f, [&](auto F, auto C) {
+        launch(guard, difference_tile_kernel<scalar, F, C>, {tile.count, x.N * f.height}, out, source, f, tile, x.N,
+               x.W);
+      });
     const auto results = [&](int V) {
       return Grid{blocks_for(f.width * (x.channels_last ? y.C / V : f.C)), x.N * f.height};
     };
@@ -169,16 +324,31 @@ Tensor frame_difference_backward(const Tensor& grad, int64_t n_frames, int64_t p
   check_size(dx);
   by_dtype(dy.dtype, [&](auto* type) {
     using scalar = std::remove_pointer_t<decltype(type)>;
-    const int64_t length = dy.channels_last ? width * dx.C : width, rows = dy.channels_last ? dx.N : dx.N * dx.C;
-    const bool aligned = reinterpret_cast<uintptr_t>(dx.address) % kWidestBytes == 0;
-    constexpr int64_t kWide = kWidestBytes / sizeof(scalar);
-    by_width<scalar>(aligned && length % kWide == 0 ? kWide : 1, [&](auto V) {
-      const auto run = [&](auto kernel) {
-        launch(guard, kernel, {blocks_for(length, kThreads * V), rows * ((height + pool - 1) / pool)},
-               dx.data<scalar>(), Maps<const scalar>(dy), f, rows, height, width, dy.channels_last);
-      };
-      pool == 2 ? run(gradient_kernel<scalar, V, 2>) : run(gradient_kernel<scalar, V, 0>);
-    });
+    constexpr int kWide = kWidestBytes / sizeof(scalar);
+    const Maps<scalar> out(dx);
+    const Maps<const scalar> source(dy);
+    if (pool == 2 && !dy.channels_last && whole_packs(dx, kWide, dx.sc, width) &&
+        whole_packs(dy, kWide / 2, dy.sc, dy.W)) {
+      const int64_t blocks = blocks_for(f.C * ((height + 1) / 2) * (width / kWide));
+      return launch(guard, gradient_rows_kernel<scalar, kWide>, {blocks, dx.N}, out, source, f, dx.N, height, width);
+    }
+    const Tile tile(f, (width + 1) / 2, sizeof(scalar));
+    if (pool == 2 && dy.channels_last && tile.count && whole_rows(dx) && whole_rows(dy))
+      return by_frames(f, [&](auto F, auto C) {
+        launch(guard, gradient_tile_kernel<scalar, F, C>, {tile.count, dx.N * ((height + 1) / 2)}, out, source, f, tile,
+               dx.N, height, width);
+      });
+    const auto windows = [&](int V) {
+      return Grid{blocks_for(blocks_for(width, pool) * (dy.channels_last ? dx.C / V : dx.C)),
+                  dx.N * blocks_for(height, pool)};
+    };
+    if (pool != 2)
+      launch(guard, gradient_kernel<scalar, 1, 0>, windows(1), out, source, f, dx.N, height, width, dy.channels_last);
+    else if (dy.channels_last && whole_packs(dy, kWide, dy.sp, f.C) && whole_packs(dx, kWide, dx.sp, f.C))
+      launch(guard, gradient_kernel<scalar, kWide, 2>, windows(kWide), out, source, f, dx.N, height, width,
+             dy.channels_last);
+    else
+      launch(guard, gradient_kernel<scalar, 1, 2>, windows(1), out, source, f, dx.N, height, width, dy.channels_last);
   });
   return dx.tensor;
 }

@@ -2,303 +2,561 @@
 // block of channels from the frame that the shift names, the gradient of x is stored to it, and the gradient of the
 // weight loads x as the forward does. Nothing but the results is written.
 //
-// Where ATen's convolution after a shift is expected to be faster, that is what runs: see is_fused.
+// Where ATen's convolution after a shift is expected to be faster, that is what runs: see kMostOutputs.
 #include <cuda_pipeline_primitives.h>
-#include <mma.h>
 
-#include "../cuda.h"
+#include <algorithm>
+
 #include "convolution.h"
+#include "tensor_cores.h"
 
 namespace tempops {
 namespace {
 
-namespace wmma = nvcuda::wmma;
-
-// A block's part of a product, [kRows, kColumns], and how much of the summed dimension it takes at a time: 64 bytes.
-constexpr int kRows = 64, kColumns = 128;
+// A block's part of a product is kLong pixels (of the gradient of the weight, input channels) by 64 or 128 output
+// channels, and it takes 128 bytes of the summed dimension at a time, in kParts parts. 128 are for products that
+// arithmetic may bound: with fewer, more would be loaded from shared memory and from the second-level cache than those
+// deliver.
+constexpr int kLong = 256;
+constexpr int kParts = 4;
 template <class scalar>
 constexpr int kWide = kWidestBytes / sizeof(scalar);
 template <class scalar>
-constexpr int kDepth = 64 / sizeof(scalar);
-constexpr int kStages = 3;  // of shared memory: two are on their way while one is multiplied
+constexpr int kDepth = 128 / sizeof(scalar);
+template <int outputs>
+constexpr int kBlocks = outputs == 64 ? 2 : 1;  // of a multiprocessor
+template <int outputs>
+constexpr int kStages = outputs == 64 ? 2 : 3;  // of shared memory: all but one are on their way
 
-// What the tensor cores call the dtypes, and how much of the summed dimension one instruction takes.
+// Clips as the kernels go through them: pixels count through all frames, and a channel's frame is moved by `shift`.
 template <class scalar>
-struct Core;
-template <>
-struct Core<Half> {
-  using type = __half;
-  using memory = __half;
-  static constexpr int depth = 16;
-};
-template <>
-struct Core<BFloat16> {
-  using type = __nv_bfloat16;
-  using memory = __nv_bfloat16;
-  static constexpr int depth = 16;
-};
-template <>
-struct Core<float> {
-  using type = wmma::precision::tf32;
-  using memory = float;
-  static constexpr int depth = 8;
-};
-
-// How clips are read or written: pixel q counts through all frames, and a channel's frame is moved by `shift`.
 struct Pixels {
-  int64_t count, T, C, P;
-  Shift shift;
+  scalar* data;
+  int64_t sn, st, sc, sp;
+  int64_t to_frame, to_clip;  // from behind the last pixel of a frame, the last frame of a clip, to the next one
+  uint32_t count, T, P;
+  int C, fold, first, second;
 
-  __device__ int64_t offset(int64_t c) const {
-    return c < shift.fold ? shift.first : c < 2 * shift.fold ? shift.second : 0;
+  Pixels(const Clip& x, const Shift& shift)
+      : data(x.data<std::remove_const_t<scalar>>()), sn(x.sn), st(x.st), sc(x.sc), sp(x.sp),
+        to_frame(x.st - x.P * x.sp), to_clip(x.sn - x.T * x.st), count(x.N * x.T * x.P), T(x.T), P(x.P), C(x.C),
+        fold(shift.fold), first(shift.first), second(shift.second) {}
+
+  __device__ int offset(int c) const {
+    return c < fold ? first : c < 2 * fold ? second : 0;
   }
 };
 
-// 16 bytes from global to shared memory while the threads go on; zeros where `there` is false.
+// A pixel: where channel 0 of it is, and its frame. Going on takes no division.
 template <class scalar>
+struct Cursor {
+  scalar* at;
+  uint32_t q, p, t;
+
+  __device__ Cursor(const Pixels<scalar>& x, uint32_t start) : q(start) {
+    const uint32_t frame = q / x.P, n = frame / x.T;
+    p = q - frame * x.P;
+    t = frame - n * x.T;
+    at = x.data + n * x.sn + t * x.st + p * x.sp;
+  }
+  __device__ void advance(const Pixels<scalar>& x, int pixels) {
+    q += pixels;
+    p += pixels;
+    at += pixels * x.sp;
+    while (p >= x.P) {
+      p -= x.P;
+      at += x.to_frame;
+      if (++t < x.T) continue;
+      t = 0;
+      at += x.to_clip;
+    }
+  }
+};
+
+// V elements from global to shared memory while the threads go on; zeros where `there` is false.
+template <int V, class scalar>
 __device__ void load_async(scalar* shared, const scalar* from, bool there) {
-  __pipeline_memcpy_async(shared, from, kWidestBytes, there ? 0 : kWidestBytes);
+  constexpr int bytes = V * sizeof(scalar);
+  __pipeline_memcpy_async(shared, from, bytes, there ? 0 : bytes);
 }
 
-// A tile of clips in shared memory, its lines as in global memory: pixels of `length` adjacent channels (channels_last)
-// or channels of `length` adjacent pixels. The padding keeps the lines on different banks.
-template <class scalar, bool channels_last, int lines, int length>
-struct ClipTile {
-  static constexpr int pitch = length + kWide<scalar>;
+// A tile in shared memory, loaded by all threads: each takes kItems times V elements, kPass lines apart, in kParts
+// parts. Padding puts what one instruction reads of it on different banks: 16 bytes of eight lines, or, where float32's
+// lines are not along the sum, eight elements of four lines.
+template <class scalar, int V, bool summed_along, int lines, int length>
+struct Tile {
+  static constexpr int pitch = length + (sizeof(scalar) == 4 && !summed_along ? 8 : kWide<scalar>);
   static constexpr int size = lines * pitch;
+  static constexpr int kPacks = length / V, kPass = kThreads / kPacks, kItems = lines / kPass;
+  static_assert(kThreads % kPacks == 0 && lines % kPass == 0 && size * sizeof(scalar) % 32 == 0);
 
-  __device__ static void load(scalar* shared, const Elements<const scalar>& x, const Pixels& pixels, int64_t c0,
-                              int64_t q0) {
-    constexpr int packs = length / kWide<scalar>;
-    static_assert(lines * packs % kThreads == 0);
-    for (int item = threadIdx.x; item < lines * packs; item += kThreads) {
-      const int line = item / packs, at = item % packs * kWide<scalar>;
-      const int64_t c = c0 + (channels_last ? at : line), q = q0 + (channels_last ? line : at);
-      const int64_t frame = quotient(q, pixels.P), n = quotient(frame, pixels.T);
-      const int64_t t = frame - n * pixels.T + pixels.offset(c);
-      const bool there = c < pixels.C && q < pixels.count && t >= 0 && t < pixels.T;
-      const scalar* from = there ? x.at(n, t, c, q - frame * pixels.P) : x.data;
-      load_async(shared + line * pitch + at, from, there);
+  __device__ static int line() {
+    return kPacks == kThreads ? 0 : threadIdx.x / kPacks;
+  }
+  __device__ static int at() {
+    return threadIdx.x % kPacks * V;
+  }
+  // The factor's part in the block of 16 lines from `line` on, or of elements where the sum is not along the lines.
+  template <bool left>
+  __device__ static Block block(const scalar* shared, int line, int k) {
+    return Block::load<scalar, left, summed_along, pitch>(shared +
+                                                          (summed_along ? line * pitch + k : k * pitch + line));
+  }
+  // Calls f(item, where it belongs in shared memory) for each item of a part.
+  template <int unrolled = kItems, class F>
+  __device__ static void items(scalar* shared, int part, const F& f) {
+#pragma unroll unrolled
+    for (int item = part * kItems / kParts; item < (part + 1) * kItems / kParts; ++item)
+      f(item, shared + (line() + item * kPass) * pitch + at());
+  }
+};
+
+// Of clips, lines as in global memory: pixels of `length` adjacent channels (channels_last) or channels of `length`
+// adjacent pixels.
+template <class scalar, int V, bool channels_last, bool summed_along, int lines, int length>
+struct ClipTile : Tile<scalar, V, summed_along, lines, length> {
+  using Base = Tile<scalar, V, summed_along, lines, length>;
+
+  // What a thread loads. Where lines are pixels, it goes on with them as it does.
+  struct Loader {
+    Cursor<const scalar> place;
+    int c, offset;
+    int64_t move;
+
+    // Of the tile that begins with pixel q and channel c0.
+    __device__ Loader(const Pixels<const scalar>& x, uint32_t q, int c0)
+        : place(x, q + (channels_last ? Base::line() : Base::at())) {
+      go_to(x, c0);
     }
-  }
+    __device__ void go_to(const Pixels<const scalar>& x, int c0) {
+      c = c0 + (channels_last ? Base::at() : Base::line());
+      offset = x.offset(c);
+      move = (channels_last ? c : c * x.sc) + offset * x.st;
+    }
+    __device__ void load(scalar* shared, const Pixels<const scalar>& x, int part) {
+      // Where all steps have the same channels, one for each item, the items' addresses would all stay in registers.
+      constexpr int unrolled = channels_last || !summed_along ? Base::kItems : 1;
+      Base::template items<unrolled>(shared, part, [&](int item, scalar* to) {
+        if constexpr (channels_last) {
+          load_async<V>(to, place.at + move, c < x.C && place.q < x.count && place.t + offset < x.T);
+          place.advance(x, Base::kPass);
+        } else {
+          const int channel = c + item * Base::kPass, offset = x.offset(channel);
+          const bool there = channel < x.C && place.q < x.count && place.t + offset < x.T;
+          load_async<V>(to, place.at + channel * x.sc + offset * x.st, there);
+        }
+      });
+    }
+  };
 };
 
-// The same of the weight [rows, depth].
-template <class scalar>
-struct WeightTile {
-  static constexpr int pitch = kDepth<scalar> + kWide<scalar>;
-  static constexpr int size = kRows * pitch;
+// Of the weight [rows, depth].
+template <class scalar, int lines>
+struct WeightTile : Tile<scalar, kWide<scalar>, true, lines, kDepth<scalar>> {
+  using Base = Tile<scalar, kWide<scalar>, true, lines, kDepth<scalar>>;
 
-  __device__ static void load(scalar* shared, const scalar* weight, int64_t rows, int64_t depth, int64_t row0,
-                              int64_t k0) {
-    constexpr int packs = kDepth<scalar> / kWide<scalar>;
-    static_assert(kRows * packs == kThreads);
-    const int line = threadIdx.x / packs, at = threadIdx.x % packs * kWide<scalar>;
-    const bool there = row0 + line < rows && k0 + at < depth;
-    load_async(shared + line * pitch + at, there ? weight + (row0 + line) * depth + k0 + at : weight, there);
-  }
+  struct Loader {
+    const scalar* from;
+    int row, k;
+
+    __device__ Loader(const scalar* weight, int depth, int row0) : row(row0 + Base::line()), k(Base::at()) {
+      from = weight + static_cast<int64_t>(row) * depth + k;
+    }
+    __device__ void load(scalar* shared, int rows, int depth, int part) {
+      Base::items(shared, part, [&](int item, scalar* to) {
+        load_async<kWide<scalar>>(to, from + item * Base::kPass * static_cast<int64_t>(depth),
+                                  row + item * Base::kPass < rows && k < depth);
+      });
+    }
+    __device__ void advance() {
+      k += kDepth<scalar>;
+      from += kDepth<scalar>;
+    }
+  };
 };
 
-// The product of a block: eight warps, each a 32x32 part of it. A is [kRows, depth] and B [depth, kColumns]; `rows`
-// says that the lines of a tile are the rows of the matrix.
-template <class scalar, bool a_rows, int a_pitch, bool b_rows, int b_pitch>
+// The product of a block, [M, N], of two tiles in shared memory. Four warps share the longer side and two the other.
+template <class scalar, class A, class B, int M, int N>
 class Product {
-  using Type = typename Core<scalar>::type;
-  using Memory = typename Core<scalar>::memory;
-  template <bool rows>
-  using Major = std::conditional_t<rows, wmma::row_major, wmma::col_major>;
-  static constexpr int kStep = Core<scalar>::depth;
-
-  wmma::fragment<wmma::accumulator, 16, 16, kStep, float> sum_[2][2];
-  const int row_ = threadIdx.x / kWarp / 4 * 32, column_ = threadIdx.x / kWarp % 4 * 32;
-
-  template <class Fragment>
-  __device__ static void load(Fragment& fragment, const scalar* from, int pitch) {
-    wmma::load_matrix_sync(fragment, reinterpret_cast<const Memory*>(from), pitch);
-    if constexpr (std::is_same_v<scalar, float>)
-      for (int i = 0; i < fragment.num_elements; ++i) fragment.x[i] = wmma::__float_to_tf32(fragment.x[i]);
-  }
+  static constexpr int kWarpsAcross = N == kLong ? 4 : 2, kWarps = kThreads / kWarp;
+  static constexpr int kRows = M / (kWarps / kWarpsAcross);
+  static constexpr int kStep = kDepth<scalar> / kParts;
 
  public:
-  // From a row (or column) to the next in what `put` writes.
-  template <bool by_columns>
-  static constexpr int kPitch = by_columns ? kRows + 4 : kColumns + 4;
+  static constexpr int kAcross = N / kWarpsAcross;  // columns of a warp
 
-  __device__ Product() {
-    for (auto& row : sum_)
-      for (auto& sum : row) wmma::fill_fragment(sum, 0.0f);
+ private:
+  float sum_[kRows / 16][kAcross / 8][4];
+
+  // What one part multiplies.
+  struct Factors {
+    Block left[kRows / 16], right[kAcross / 16];
+
+    __device__ void load(const scalar* a, const scalar* b, int k) {
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i) left[i] = A::template block<true>(a, row() + 16 * i, k);
+#pragma unroll
+      for (int j = 0; j < kAcross / 16; ++j) right[j] = B::template block<false>(b, column() + 16 * j, k);
+    }
+    __device__ void round() {
+      if constexpr (std::is_same_v<scalar, float>) {
+        for (Block& block : left) block.round();
+        for (Block& block : right) block.round();
+      }
+    }
+  };
+
+ public:
+  // The first row and column of the warp.
+  __device__ static int row() {
+    return threadIdx.x / kWarp / kWarpsAcross * kRows;
+  }
+  __device__ static int column() {
+    return threadIdx.x / kWarp % kWarpsAcross * kAcross;
   }
 
-  __device__ void add(const scalar* a, const scalar* b) {
+  // Each sum begins with start(column), or with start(row).
+  template <bool by_column, class F>
+  __device__ void begin(const F& start) {
+    const int lane = threadIdx.x % kWarp;
+    if constexpr (by_column) {
 #pragma unroll
-    for (int k = 0; k < kDepth<scalar>; k += kStep) {
-      wmma::fragment<wmma::matrix_a, 16, 16, kStep, Type, Major<a_rows>> left[2];
-      wmma::fragment<wmma::matrix_b, 16, 16, kStep, Type, Major<b_rows>> right[2];
-      for (int i = 0; i < 2; ++i) {
-        const int row = row_ + 16 * i, column = column_ + 16 * i;
-        load(left[i], a + (a_rows ? row * a_pitch + k : k * a_pitch + row), a_pitch);
-        load(right[i], b + (b_rows ? k * b_pitch + column : column * b_pitch + k), b_pitch);
+      for (int j = 0; j < kAcross / 4; ++j) {
+        const float value = start(column() + j / 2 * 8 + lane % 4 * 2 + j % 2);
+        for (auto& row : sum_) row[j / 2][j % 2] = row[j / 2][j % 2 + 2] = value;
       }
-      for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 2; ++j) wmma::mma_sync(sum_[i][j], left[i], right[j], sum_[i][j]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+        const float value = start(row() + 8 * i + lane / 4);
+        for (auto& sums : sum_[i / 2]) sums[i % 2 * 2] = sums[i % 2 * 2 + 1] = value;
+      }
     }
   }
 
-  // The result in shared memory: row by row, or column by column.
-  template <bool by_columns>
-  __device__ void put(float* shared) const {
-    for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 2; ++j) {
-        const int row = row_ + 16 * i, column = column_ + 16 * j;
-        if constexpr (by_columns)
-          wmma::store_matrix_sync(shared + column * kPitch<true> + row, sum_[i][j], kPitch<true>, wmma::mem_col_major);
-        else
-          wmma::store_matrix_sync(shared + row * kPitch<false> + column, sum_[i][j], kPitch<false>,
-                                  wmma::mem_row_major);
-      }
+  // Calls f(row, column, two adjacent sums) for those that the lane has of rows [16 i, 16 i + 16) of the warp.
+  template <class F>
+  __device__ void each(int i, const F& f) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int j = 0; j < kAcross / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        f(row() + 16 * i + 8 * e + lane / 4, column() + 8 * j + lane % 4 * 2, &sum_[i][j][2 * e]);
+  }
+  template <class F>
+  __device__ void all(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i) each(i, f);
+  }
+
+  // Calls between(part) after each part, while tensor cores are busy with it.
+  template <class Between>
+  __device__ void add(const scalar* a, const scalar* b, const Between& between) {
+    constexpr bool ahead = M * N > 64 * kLong;  // else another block is busy while this one waits
+    Factors factors[2];
+    if (ahead) factors[0].load(a, b, 0);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      Factors& now = factors[part % 2];
+      if (!ahead)
+        now.load(a, b, part * kStep);
+      else if (part + 1 < kParts)
+        factors[(part + 1) % 2].load(a, b, (part + 1) * kStep);
+      now.round();
+#pragma unroll
+      for (int i = 0; i < kRows / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < kAcross / 16; ++j) {
+          multiply<scalar, 0>(sum_[i][2 * j], now.left[i], now.right[j]);
+          multiply<scalar, 1>(sum_[i][2 * j + 1], now.left[i], now.right[j]);
+        }
+      between(part);
+    }
+  }
+
+  // What slices() gives a lane: V elements from column at() of row line() on, kPass rows apart, and where a row is more
+  // than a warp takes at a time, also what is further along.
+  template <int V>
+  struct Slices {
+    static constexpr int kPacks = std::min(kAcross / V, kWarp), kPass = kWarp / kPacks;
+
+    __device__ static int line() {
+      return threadIdx.x % kWarp / kPacks;
+    }
+    __device__ static int at() {
+      return threadIdx.x % kPacks * V;
+    }
+  };
+  // The warp's part through shared memory that nothing else is in, 16 rows at a time: calls f(row, column, from) for
+  // what the lane takes of convert(sum). The pitch keeps rows on different banks, put and taken.
+  template <int V, class Convert, class F>
+  __device__ void slices(scalar* shared, const Convert& convert, const F& f) {
+    using Lane = Slices<V>;
+    constexpr int pitch = kAcross + 8, slice = 16 * pitch;
+    static_assert(kWarps * slice <= A::size + B::size);
+    shared += threadIdx.x / kWarp * slice;
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i) {
+      const int first = row() + 16 * i;
+      each(i, [&](int row, int across, const float* sums) {
+        auto* const to = shared + (row - first) * pitch + across - column();
+        *reinterpret_cast<typename Pack<scalar, 2>::word*>(to) = pair<scalar>(convert(sums[0]), convert(sums[1]));
+      });
+      __syncwarp();
+#pragma unroll V == 1 ? 1 : 16
+      for (int line = Lane::line(); line < Lane::line() + 16; line += Lane::kPass)
+#pragma unroll
+        for (int at = Lane::at(); at < Lane::at() + kAcross; at += Lane::kPacks * V)
+          f(first + line, column() + at, shared + line * pitch + at);
+      __syncwarp();
+    }
   }
 };
 
-// Calls `load(stage, step)` for each step ahead of `multiply(stage)`, through kStages stages of shared memory.
-template <class Load, class Multiply>
+// For each step, calls multiply(stage, between), which is to call between(part) for each part; meanwhile
+// load(stage, part) is called for a later step.
+template <int stages, class Load, class Multiply>
 __device__ void pipelined(int64_t steps, const Load& load, const Multiply& multiply) {
-  for (int64_t step = 0; step < kStages - 1; ++step) {
-    if (step < steps) load(step, step);
+  int into = 0, stage = 0;
+  for (; into < stages - 1; ++into) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) load(into, part);
     __pipeline_commit();
   }
   for (int64_t step = 0; step < steps; ++step) {
-    __pipeline_wait_prior(kStages - 2);
+    __pipeline_wait_prior(stages - 2);
     __syncthreads();  // this stage is there, and the one before has been multiplied by all
-    const int64_t next = step + kStages - 1;
-    if (next < steps) load(next % kStages, next);
+    multiply(stage, [&](int part) { load(into, part); });
     __pipeline_commit();
-    multiply(step % kStages);
+    stage = stage + 1 == stages ? 0 : stage + 1;
+    into = into + 1 == stages ? 0 : into + 1;
   }
-  __pipeline_wait_prior(0);
-  __syncthreads();
 }
 
-// y [rows, pixels] = weight [rows, depth] x [depth, pixels] + bias, clamped at 0 with `relu`. `in` moves the frames
-// that x is read from, `out` those that y is written to, where the frames that nothing moves to become zero.
-template <class scalar, bool channels_last>
-__global__ void __launch_bounds__(kThreads, 2)
-    convolution_kernel(Elements<scalar> y, Elements<const scalar> x, const scalar* weight, const scalar* bias,
-                       Pixels out, Pixels in, bool relu) {
-  constexpr int depth = kDepth<scalar>;
-  using A = WeightTile<scalar>;
-  using B = ClipTile<scalar, channels_last, channels_last ? kColumns : depth, channels_last ? depth : kColumns>;
-  using Sum = Product<scalar, true, A::pitch, !channels_last, B::pitch>;
-  constexpr int kStage = (A::size + B::size) * sizeof(scalar);
-  constexpr int kPitch = Sum::template kPitch<channels_last>;
-  constexpr int kResult = (channels_last ? kColumns : kRows) * kPitch * sizeof(float);
-  alignas(128) __shared__ char shared[kStages * kStage > kResult ? kStages * kStage : kResult];
-  const auto a = [&](int64_t stage) { return reinterpret_cast<scalar*>(shared + stage * kStage); };
-  const auto b = [&](int64_t stage) { return a(stage) + A::size; };
+// What a kernel has in shared memory: kStages of a tile of clips and one of another factor.
+template <class scalar, class Other, class Clips, int outputs>
+struct Stages {
+  static constexpr int bytes = (Other::size + Clips::size) * sizeof(scalar);
+  static constexpr size_t all = kStages<outputs> * bytes;
 
-  // The blocks that share pixels are neighbours, so that the second-level cache serves all but one of them.
-  const int64_t row_tiles = (out.C + kRows - 1) / kRows, tile = quotient(blockIdx.x, row_tiles);
-  const int64_t row0 = (blockIdx.x - tile * row_tiles) * kRows, q0 = tile * kColumns;
+  __device__ static scalar* other(int stage) {
+    return reinterpret_cast<scalar*>(dynamic_memory() + stage * bytes);
+  }
+  __device__ static scalar* clips(int stage) {
+    return other(stage) + Other::size;
+  }
+};
+
+// The rows of the product are what is not adjacent in y: pixels (channels_last) or output channels.
+template <class scalar, int V, bool channels_last, int outputs>
+struct ConvolutionTiles {
+  static constexpr int depth = kDepth<scalar>;
+  using Weight = WeightTile<scalar, outputs>;
+  using Clips =
+      ClipTile<scalar, V, channels_last, channels_last, channels_last ? kLong : depth, channels_last ? depth : kLong>;
+  using Sum = std::conditional_t<channels_last, Product<scalar, Clips, Weight, kLong, outputs>,
+                                 Product<scalar, Weight, Clips, outputs, kLong>>;
+  using Memory = Stages<scalar, Weight, Clips, outputs>;
+};
+
+// y = weight x + bias at each pixel, clamped at 0 with `relu`. x's shift moves the frames that it is read from, y's
+// those that it is written to, where the frames that nothing moves to become zero. A block goes through tiles of
+// `outputs` channels by kLong pixels, and loads ahead of what it multiplies also from one to the next.
+template <class scalar, int V, bool channels_last, int outputs>
+__global__ void __launch_bounds__(kThreads, kBlocks<outputs>)
+    convolution_kernel(Pixels<scalar> y, Pixels<const scalar> x, const scalar* weight, const scalar* bias, bool relu) {
+  using Tiles = ConvolutionTiles<scalar, V, channels_last, outputs>;
+  using Sum = typename Tiles::Sum;
+  using Memory = typename Tiles::Memory;
+
+  // The tiles that share pixels are neighbours, so that the second-level cache serves all but one of them.
+  const uint32_t sharing = (y.C + outputs - 1) / outputs, tiles = (y.count + kLong - 1) / kLong * sharing;
+  const int steps = (x.C + Tiles::depth - 1) / Tiles::depth;
+
+  uint32_t loading = blockIdx.x;
+  typename Tiles::Weight::Loader weights(weight, x.C, loading % sharing * outputs);
+  typename Tiles::Clips::Loader clips(x, loading / sharing * kLong, 0);
+  auto first = clips.place;
+  int k = 0;
+  const auto load = [&](int stage, int part) {
+    if (loading >= tiles) return;
+    weights.load(Memory::other(stage), y.C, x.C, part);
+    clips.load(Memory::clips(stage), x, part);
+    if (part < kParts - 1) return;
+    k += Tiles::depth;
+    if (k < x.C) {
+      weights.advance();
+      clips.place = first;
+      clips.go_to(x, k);
+    } else {
+      k = 0;
+      loading += gridDim.x;
+      weights = {weight, x.C, static_cast<int>(loading % sharing * outputs)};
+      clips = {x, loading / sharing * kLong, 0};
+      first = clips.place;
+    }
+  };
+
   Sum sum;
-  pipelined((in.C + depth - 1) / depth, [&](int64_t stage, int64_t step) {
-    A::load(a(stage), weight, out.C, in.C, row0, step * depth);
-    B::load(b(stage), x, in, step * depth, q0);
-  }, [&](int64_t stage) { sum.add(a(stage), b(stage)); });
-
-  float* const result = reinterpret_cast<float*>(shared);
-  sum.template put<channels_last>(result);
-  __syncthreads();
-  constexpr int V = kWide<scalar>, lines = channels_last ? kColumns : kRows, length = channels_last ? kRows : kColumns;
-  for (int item = threadIdx.x; item < lines * (length / V); item += kThreads) {
-    const int line = item / (length / V), at = item % (length / V) * V;
-    const int64_t c = row0 + (channels_last ? at : line), q = q0 + (channels_last ? line : at);
-    if (c >= out.C || q >= out.count) continue;
-    const int64_t frame = quotient(q, out.P), n = quotient(frame, out.T);
-    int64_t t = frame - n * out.T + out.offset(c);
-    const bool there = t >= 0 && t < out.T;
-    if (!there) t += t < 0 ? out.T : -out.T;
-    Pack<scalar, V> values{};
-    for (int k = 0; k < V && there; ++k) {
-      float value = result[line * kPitch + at + k];
-      if (bias) value += static_cast<float>(bias[channels_last ? c + k : c]);
-      values.v[k] = static_cast<scalar>(relu && value < 0 ? 0 : value);
+  uint32_t tile = blockIdx.x, q0 = 0;
+  int c0 = 0, step = 0;
+  pipelined<kStages<outputs>>(int64_t(steps) * ((tiles - tile - 1) / gridDim.x + 1), load,
+                              [&](int stage, auto between) {
+    if (step == 0) {
+      q0 = tile / sharing * kLong;
+      c0 = tile % sharing * outputs;
+      sum.template begin<channels_last>(
+          [&](int output) { return bias && c0 + output < y.C ? static_cast<float>(bias[c0 + output]) : 0; });
     }
-    values.store(y.at(n, t, c, q - frame * out.P));
-  }
+    scalar *weights = Memory::other(stage), *clips = Memory::clips(stage);
+    channels_last ? sum.add(clips, weights, between) : sum.add(weights, clips, between);
+    if (++step < steps) return;
+
+    __syncthreads();  // the stage has been multiplied by all, and is not loaded to before the next step
+    using Lane = typename Sum::template Slices<V>;
+    using Word = word_t<V * sizeof(scalar)>;
+    const int first = channels_last ? Sum::row() + Lane::line() : Sum::column() + Lane::at();
+    Cursor<scalar> place(y, q0 + first);
+    const auto convert = [&](float value) { return relu && value < 0 ? 0 : value; };
+    const auto store = [&](int row, int column, const scalar* from) {
+      const int c = c0 + (channels_last ? column : row);
+      auto to = place;
+      if (!channels_last && Lane::kPacks * V < Sum::kAcross) to.advance(y, column - first);
+      if (c < y.C && to.q < y.count) {
+        scalar* at = to.at + (channels_last ? c : c * y.sc);
+        bool there = true;
+        if (y.fold > 0) {
+          const int offset = y.offset(c), T = y.T, t = to.t + offset;
+          there = t >= 0 && t < T;
+          at += (there ? offset : t < 0 ? offset + T : offset - T) * y.st;
+        }
+        store_word(reinterpret_cast<Word*>(at), there ? *reinterpret_cast<const Word*>(from) : Word{});
+      }
+      if (channels_last) place.advance(y, Lane::kPass);
+    };
+    if (c0 + (channels_last ? Sum::column() : Sum::row()) < y.C)
+      sum.template slices<V>(Memory::other(stage), convert, store);
+    step = 0;
+    tile += gridDim.x;
+  });
 }
 
-// partials [slots, rows, columns]: dy [rows, pixels] x [columns, pixels]^T over the slot's pixels.
-template <class scalar, bool channels_last>
-__global__ void __launch_bounds__(kThreads, 2)
-    weight_kernel(float* partials, Elements<const scalar> dy, Elements<const scalar> x, Pixels rows, Pixels columns,
-                  int64_t slots, int64_t steps) {
-  constexpr int depth = kDepth<scalar>;
-  using A = ClipTile<scalar, channels_last, channels_last ? depth : kRows, channels_last ? kRows : depth>;
-  using B = ClipTile<scalar, channels_last, channels_last ? depth : kColumns, channels_last ? kColumns : depth>;
-  using Sum = Product<scalar, !channels_last, A::pitch, channels_last, B::pitch>;
-  constexpr int kStage = (A::size + B::size) * sizeof(scalar);
-  constexpr int kPitch = Sum::template kPitch<false>;
-  constexpr int kResult = kRows * kPitch * sizeof(float);
-  alignas(128) __shared__ char shared[kStages * kStage > kResult ? kStages * kStage : kResult];
-  const auto a = [&](int64_t stage) { return reinterpret_cast<scalar*>(shared + stage * kStage); };
-  const auto b = [&](int64_t stage) { return a(stage) + A::size; };
+template <class scalar, int V, bool channels_last, int outputs>
+struct WeightTiles {
+  static constexpr int depth = kDepth<scalar>;
+  template <int side>
+  using Tile =
+      ClipTile<scalar, V, channels_last, !channels_last, channels_last ? depth : side, channels_last ? side : depth>;
+  using Memory = Stages<scalar, Tile<outputs>, Tile<kLong>, outputs>;
+};
 
-  const int64_t row_tiles = (rows.C + kRows - 1) / kRows, tile = quotient(blockIdx.x, row_tiles);
-  const int64_t row0 = (blockIdx.x - tile * row_tiles) * kRows, column0 = tile * kColumns;
-  for (int64_t slot = blockIdx.y; slot < slots; slot += gridDim.y) {
-    const int64_t q0 = slot * steps * depth;
-    Sum sum;
-    pipelined(steps, [&](int64_t stage, int64_t step) {
-      A::load(a(stage), dy, rows, row0, q0 + step * depth);
-      B::load(b(stage), x, columns, column0, q0 + step * depth);
-    }, [&](int64_t stage) { sum.add(a(stage), b(stage)); });
-    float* const result = reinterpret_cast<float*>(shared);
-    sum.template put<false>(result);
-    __syncthreads();
-    for (int item = threadIdx.x; item < kRows * kColumns; item += kThreads) {
-      const int64_t row = item / kColumns, column = item % kColumns;
-      if (row0 + row < rows.C && column0 + column < columns.C)
-        partials[(slot * rows.C + row0 + row) * columns.C + column0 + column] = result[row * kPitch + column];
+// partials [slots, outputs, channels] in whole tiles: dy [outputs, pixels] x [channels, pixels]^T over the slot's
+// pixels.
+template <class scalar, int V, bool channels_last, int outputs>
+__global__ void __launch_bounds__(kThreads, kBlocks<outputs>)
+    weight_kernel(float* partials, Pixels<const scalar> dy, Pixels<const scalar> x, int64_t steps) {
+  using Tiles = WeightTiles<scalar, V, channels_last, outputs>;
+  using A = typename Tiles::template Tile<outputs>;
+  using B = typename Tiles::template Tile<kLong>;
+  using Memory = typename Tiles::Memory;
+
+  const uint32_t row_tiles = (dy.C + outputs - 1) / outputs, column_tiles = (x.C + kLong - 1) / kLong;
+  const int row0 = blockIdx.x % row_tiles * outputs, column0 = blockIdx.x / row_tiles * kLong;
+  const uint32_t q0 = blockIdx.y * steps * Tiles::depth;
+  typename A::Loader a(dy, q0, row0);
+  typename B::Loader b(x, q0, column0);
+  int64_t left = steps;
+  const auto load = [&](int stage, int part) {
+    if (left == 0) return;
+    a.load(Memory::other(stage), dy, part);
+    b.load(Memory::clips(stage), x, part);
+    if (part < kParts - 1) return;
+    --left;
+    if constexpr (!channels_last) {
+      a.place.advance(dy, Tiles::depth);
+      b.place.advance(x, Tiles::depth);
     }
-    __syncthreads();
-  }
+  };
+  Product<scalar, A, B, outputs, kLong> sum;
+  sum.template begin<false>([](int) { return 0.0f; });
+  pipelined<kStages<outputs>>(
+      steps, load, [&](int stage, auto between) { sum.add(Memory::other(stage), Memory::clips(stage), between); });
+  const int64_t pitch = column_tiles * kLong;
+  partials += (int64_t(blockIdx.y) * row_tiles * outputs + row0) * pitch + column0;
+  sum.all([&](int row, int column, const float* sums) {
+    Pack<float, 2>{sums[0], sums[1]}.store(partials + row * pitch + column);
+  });
 }
 
-// The sum over the slots, in their order.
+// The sum over the slots: a warp adds up each eighth slot of 32 elements, then one adds the eight sums.
 template <class scalar>
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(scalar* dweight, const float* partials, int64_t slots, int64_t size) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= size) return;
+__global__ void __launch_bounds__(kThreads) sum_kernel(scalar* dweight, const float* partials, int64_t slots,
+                                                       int64_t slot, int64_t pitch, int64_t rows, int64_t columns) {
+  constexpr int warps = kThreads / kWarp;
+  __shared__ double sums[warps][kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane, row = quotient(i, columns);
   double total = 0;
-  for (int64_t slot = 0; slot < slots; ++slot) total += partials[slot * size + i];
+  if (row < rows) {
+    partials += row * pitch + i - row * columns;
+#pragma unroll 4
+    for (int64_t s = warp; s < slots; s += warps) total += partials[s * slot];
+  }
+  sums[warp][lane] = total;
+  __syncthreads();
+  if (warp > 0 || row >= rows) return;
+  for (int w = 1; w < warps; ++w) total += sums[w][lane];
   dweight[i] = static_cast<scalar>(total);
 }
 
-// Operations a byte above which the product is bound by arithmetic, and cuDNN's is faster than what is here: stages 3
-// and 4 of a ResNet-50. Not measured yet: the bytes of both tensors against what the tensor cores do without wgmma.
-constexpr int64_t kLargestIntensity = 128;
+// Output channels up to which the product is here; above that, it takes so much longer than moving x that a shift and
+// cuDNN's product are faster. Not measured yet: a shift moves x twice (its transpose, in place, a quarter as much), and
+// these kernels multiply at about 0.7 of cuDNN's rate, as they do without wgmma.
+constexpr int64_t kMostOutputs = 768, kMostOutputsOfBackward = 256;
 
-Pixels pixels_of(const Clip& x, const Shift& shift) {
-  return {x.N * x.T * x.P, x.T, x.C, x.P, shift};
+// How many elements an access of clips may have in planar clips whose channels are no multiple of 16 bytes.
+template <class scalar>
+constexpr int kNarrow = sizeof(scalar) == 2 ? 4 : 1;
+
+// How many elements accesses of clips have: as many as there are within one frame and one group of channels, 0 where
+// the kernels do not take these clips. The weight's have 16 bytes.
+int width(const Clip& x, const Clip& y, const Shift& shift, bool allow_tf32) {
+  if (x.dtype == ScalarType::Double || (x.dtype == ScalarType::Float && !allow_tf32)) return 0;
+  const int wide = kWidestBytes / x.tensor.element_size(), narrow = wide == 8 ? kNarrow<Half> : kNarrow<float>;
+  const auto fits = [&](int V) { return whole_packs(x, V, x.P) && whole_packs(y, V, y.P); };
+  if (x.empty() || y.empty() || x.C % wide != 0 || y.C % wide != 0) return 0;
+  if (x.N * x.T * x.P >= 0x7fffffff || x.C * y.C >= 0x7fffffff) return 0;
+  if (x.channels_last) return shift.fold % wide == 0 && fits(wide) ? wide : 0;
+  return fits(wide) ? wide : fits(narrow) ? narrow : 0;
 }
 
-// Whether the kernels take these clips: a dtype that tensor cores multiply, and nothing but whole 16-byte accesses
-// within one frame and one group of channels.
-bool is_possible(const Clip& x, const Clip& y, const Shift& shift, bool allow_tf32) {
-  if (x.dtype == ScalarType::Double || (x.dtype == ScalarType::Float && !allow_tf32)) return false;
-  const int64_t V = kWidestBytes / x.tensor.element_size();
-  return !x.empty() && !y.empty() && whole_packs(x, V, x.P) && whole_packs(y, V, y.P) && x.C % V == 0 && y.C % V == 0 &&
-         (!x.channels_last || shift.fold % V == 0) && x.N * x.T * x.P + kColumns <= 0xffffffff;
+int attribute(const DeviceGuard& guard, cudaDeviceAttr which) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, guard.device()));
+  return value;
 }
 
-bool is_fused(const Clip& x, const Clip& y, const Shift& shift, bool allow_tf32) {
-  return is_possible(x, y, shift, allow_tf32) && x.C * y.C <= kLargestIntensity * (x.C + y.C);
-}
-
-// Calls f with a null pointer of the element type and whether the clips are channels_last.
+// Calls f with the element type, the width, whether the clips are channels_last and the output channels of a tile, as
+// types. Where a block cannot have the shared memory for tiles of 128, it has fewer of 64.
 template <class F>
-void by_kernel(const Clip& x, const F& f) {
-  const auto by_layout = [&](auto* type) { x.channels_last ? f(type, std::true_type()) : f(type, std::false_type()); };
+void by_kernel(const DeviceGuard& guard, const Clip& x, int width, int64_t Cout, const F& f) {
+  const auto by_outputs = [&](auto* type, auto V, auto channels_last) {
+    using scalar = std::remove_pointer_t<decltype(type)>;
+    constexpr size_t bytes = std::max(ConvolutionTiles<scalar, V, channels_last, 128>::Memory::all,
+                                      WeightTiles<scalar, V, channels_last, 128>::Memory::all);
+    const bool fits = attribute(guard, cudaDevAttrMaxSharedMemoryPerBlockOptin) >= static_cast<int>(bytes);
+    Cout > 64 && fits ? f(type, V, channels_last, std::integral_constant<int, 128>())
+                      : f(type, V, channels_last, std::integral_constant<int, 64>());
+  };
+  const auto by_layout = [&](auto* type) {
+    using scalar = std::remove_pointer_t<decltype(type)>;
+    constexpr std::integral_constant<int, kWide<scalar>> wide;
+    constexpr std::integral_constant<int, kNarrow<scalar>> narrow;
+    x.channels_last   ? by_outputs(type, wide, std::true_type())
+    : width == narrow ? by_outputs(type, narrow, std::false_type())
+                      : by_outputs(type, wide, std::false_type());
+  };
   switch (x.dtype) {
     case ScalarType::Half: return by_layout(static_cast<Half*>(nullptr));
     case ScalarType::BFloat16: return by_layout(static_cast<BFloat16*>(nullptr));
@@ -306,16 +564,20 @@ void by_kernel(const Clip& x, const F& f) {
   }
 }
 
+int64_t resident_blocks(const DeviceGuard& guard, int of_multiprocessor) {
+  return attribute(guard, cudaDevAttrMultiProcessorCount) * of_multiprocessor;
+}
+
 void convolve(const DeviceGuard& guard, const Clip& y, const Shift& out, const Clip& x, const Shift& in,
-              const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
-  by_kernel(x, [&](auto* type, auto channels_last) {
+              const Tensor& weight, const std::optional<Tensor>& bias, bool relu, int width) {
+  by_kernel(guard, x, width, y.C, [&](auto* type, auto V, auto channels_last, auto outputs) {
     using scalar = std::remove_pointer_t<decltype(type)>;
-    const Pixels pixels = pixels_of(y, out);
-    const int64_t tiles = blocks_for(pixels.count, kColumns) * blocks_for(y.C, kRows);
-    launch(guard, convolution_kernel<scalar, channels_last>, {tiles}, Elements<scalar>(y), Elements<const scalar>(x),
-           static_cast<const scalar*>(weight.data_ptr()),
-           bias ? static_cast<const scalar*>(bias->data_ptr()) : static_cast<const scalar*>(nullptr), pixels,
-           pixels_of(x, in), relu);
+    const int64_t tiles = blocks_for(y.N * y.T * y.P, kLong) * blocks_for(y.C, outputs);
+    const Grid grid{std::min(tiles, resident_blocks(guard, kBlocks<outputs>)), 1, kThreads,
+                    ConvolutionTiles<scalar, V, channels_last, outputs>::Memory::all};
+    launch(guard, convolution_kernel<scalar, V, channels_last, outputs>, grid, Pixels<scalar>(y, out),
+           Pixels<const scalar>(x, in), static_cast<const scalar*>(weight.data_ptr()),
+           bias ? static_cast<const scalar*>(bias->data_ptr()) : static_cast<const scalar*>(nullptr), relu);
   });
 }
 
@@ -325,22 +587,22 @@ Tensor aligned(const Tensor& x) {
   return is_aligned ? x : torch::stable::clone(x);
 }
 
-Tensor weight_gradient(const DeviceGuard& guard, const Clip& dy, const Clip& x, const Shift& shift) {
+Tensor weight_gradient(const DeviceGuard& guard, const Clip& dy, const Clip& x, const Shift& shift, int width) {
   const Tensor dweight = torch::stable::new_empty(x.tensor, std::array<int64_t, 2>{dy.C, x.C});
-  by_kernel(x, [&](auto* type, auto channels_last) {
+  by_kernel(guard, x, width, dy.C, [&](auto* type, auto V, auto channels_last, auto outputs) {
     using scalar = std::remove_pointer_t<decltype(type)>;
-    constexpr int64_t kBlocks = 264;  // two for each multiprocessor of an H200: more would only be more partial sums
-    const Pixels rows = pixels_of(dy, {0, 0, 0}), columns = pixels_of(x, shift);
-    const int64_t tiles = blocks_for(dy.C, kRows) * blocks_for(x.C, kColumns);
-    const int64_t all_steps = blocks_for(rows.count, kDepth<scalar>);
-    const int64_t steps = blocks_for(all_steps, blocks_for(kBlocks, tiles)), slots = blocks_for(all_steps, steps);
-    const Tensor partials =
-        torch::stable::empty({slots, dy.C, x.C}, ScalarType::Float, std::nullopt, x.tensor.device());
+    const int64_t row_tiles = blocks_for(dy.C, outputs), column_tiles = blocks_for(x.C, kLong);
+    const int64_t tiles = row_tiles * column_tiles, all_steps = blocks_for(dy.N * dy.T * dy.P, kDepth<scalar>);
+    // As many slots as all blocks run at once: more would only be more partial sums.
+    const int64_t steps = blocks_for(all_steps, std::max<int64_t>(resident_blocks(guard, kBlocks<outputs>) / tiles, 1));
+    const int64_t slots = blocks_for(all_steps, steps), slot = tiles * outputs * kLong;
+    const Tensor partials = torch::stable::empty({slots, slot}, ScalarType::Float, std::nullopt, x.tensor.device());
     float* const sums = static_cast<float*>(partials.data_ptr());
-    launch(guard, weight_kernel<scalar, channels_last>, {tiles, slots}, sums, Elements<const scalar>(dy),
-           Elements<const scalar>(x), rows, columns, slots, steps);
-    launch(guard, sum_kernel<scalar>, {blocks_for(dy.C * x.C)}, static_cast<scalar*>(dweight.data_ptr()), sums, slots,
-           dy.C * x.C);
+    launch(guard, weight_kernel<scalar, V, channels_last, outputs>,
+           Grid{tiles, slots, kThreads, WeightTiles<scalar, V, channels_last, outputs>::Memory::all}, sums,
+           Pixels<const scalar>(dy, {0, 0, 0}), Pixels<const scalar>(x, shift), steps);
+    launch(guard, sum_kernel<scalar>, {blocks_for(dy.C * x.C, kWarp)}, static_cast<scalar*>(dweight.data_ptr()), sums,
+           slots, slot, column_tiles * kLong, dy.C, x.C);
   });
   return dweight;
 }
@@ -352,8 +614,9 @@ Tensor shift_conv1x1(const Tensor& x, const Tensor& weight, const std::optional<
   const Convolution c(x, weight, bias, n_segment, fold_div, mode, activation);
   if (c.x.empty() || c.Cout == 0) return c.empty_result().tensor;
   const Clip y = c.empty_result();
-  if (!is_fused(c.x, y, c.shift, allow_tf32)) return by_aten(c);
-  convolve(guard, y, Shift{0, 0, 0}, c.x, c.shift, aligned(c.weight), c.bias, c.relu);
+  const int V = width(c.x, y, c.shift, allow_tf32);
+  if (V == 0 || c.Cout > kMostOutputs) return by_aten(c);
+  convolve(guard, y, Shift{0, 0, 0}, c.x, c.shift, aligned(c.weight), c.bias, c.relu, V);
   return y.tensor;
 }
 
@@ -365,16 +628,18 @@ std::tuple<Tensor, Tensor, Tensor> shift_conv1x1_backward(const Tensor& grad, co
   const ConvolutionBackward b(grad, x, weight, n_segment, fold_div, mode, channels_last);
   const auto fused_dx = [&]() -> std::optional<Tensor> {
     const Clip dx = b.empty_dx();
-    if (!is_fused(b.dy, dx, b.shift, allow_tf32)) return std::nullopt;
+    const int V = width(b.dy, dx, b.shift, allow_tf32);
+    if (V == 0 || b.Cout > kMostOutputsOfBackward) return std::nullopt;
     const Tensor flat = torch::stable::view(b.weight, std::array<int64_t, 2>{b.Cout, b.C});
     const Tensor transposed = aligned(torch::stable::contiguous(torch::stable::transpose(flat, 0, 1)));
-    convolve(guard, dx, b.shift, b.dy, Shift{0, 0, 0}, transposed, std::nullopt, false);
+    convolve(guard, dx, b.shift, b.dy, Shift{0, 0, 0}, transposed, std::nullopt, false, V);
     return dx.tensor;
   };
   // At every size: cuDNN's may add up in another order each time.
   const auto fused_dweight = [&]() -> std::optional<Tensor> {
-    if (!is_possible(*b.x, b.dy, b.shift, allow_tf32)) return std::nullopt;
-    return weight_gradient(guard, b.dy, *b.x, b.shift);
+    const int V = width(*b.x, b.dy, b.shift, allow_tf32);
+    if (V == 0) return std::nullopt;
+    return weight_gradient(guard, b.dy, *b.x, b.shift, V);
   };
   return b.gradients(fused_dx, fused_dweight, need_bias);
 }

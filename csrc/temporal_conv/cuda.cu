@@ -16,55 +16,114 @@ template <class scalar>
 struct Coefficients {
   const scalar *weight, *gate;
   int64_t K, T, C, group, per_clip;  // channels that share a kernel; per_clip is C where each clip has its own, else 0
+  bool wide_taps = false, wide_gates = false;  // whether those of a pack's channels are adjacent and aligned
+
+  // The same for kernels whose threads have V elements.
+  Coefficients for_packs(bool channels_last, int V) const {
+    const auto aligned = [&](const scalar* p) { return reinterpret_cast<uintptr_t>(p) % (V * sizeof(scalar)) == 0; };
+    Coefficients w = *this;
+    const bool adjacent = channels_last && V > 1 && C % V == 0;
+    w.wide_taps = adjacent && group == 1 && aligned(weight);
+    w.wide_gates = adjacent && aligned(gate);
+    return w;
+  }
 
   __device__ acc_t<scalar> tap(int64_t n, int64_t c, int64_t k) const {
-    return static_cast<acc_t<scalar>>(weight[(n * per_clip + quotient(c, group)) * K + k]);
+    return static_cast<acc_t<scalar>>(weight[(n * per_clip + (group == 1 ? c : quotient(c, group))) * K + k]);
   }
+  // The taps of the channels c, backwards where `reversed`.
+  template <int V, int taps>
+  __device__ void read_taps(acc_t<scalar> (&into)[taps][V], int64_t n, const uint32_t (&c)[V], bool reversed) const {
+    if (wide_taps) {
+      Pack<scalar, V> raw[taps];
+      for (int j = 0; j < taps; ++j) raw[j] = Pack<scalar, V>::load(weight + (n * per_clip + c[0]) * taps + j * V);
+      for (int k = 0; k < taps; ++k)
+        for (int v = 0; v < V; ++v) {
+          const int there = v * taps + k, mirrored = v * taps + taps - 1 - k;
+          const scalar forward = raw[there / V].v[there % V], backward = raw[mirrored / V].v[mirrored % V];
+          into[k][v] = static_cast<acc_t<scalar>>(reversed ? backward : forward);
+        }
+    } else {
+      for (int k = 0; k < taps; ++k)
+        for (int v = 0; v < V; ++v) into[k][v] = tap(n, c[v], reversed ? taps - 1 - k : k);
+    }
+  }
+
   __device__ acc_t<scalar> gated(int64_t n, int64_t t, int64_t c) const {
     return static_cast<acc_t<scalar>>(gate[(n * T + t) * C + c]);
   }
+  // The gates of the channels c; `row` is that of a frame.
+  template <int V>
+  __device__ void read_gates(acc_t<scalar> (&into)[V], const scalar* row, const uint32_t (&c)[V]) const {
+    if (wide_gates) {
+      const auto values = Pack<scalar, V>::load(row + c[0]);
+      for (int v = 0; v < V; ++v) into[v] = static_cast<acc_t<scalar>>(values.v[v]);
+    } else {
+      into[0] = static_cast<acc_t<scalar>>(row[c[0]]);
+      for (int v = 1; v < V; ++v) into[v] = c[v] == c[v - 1] ? into[v - 1] : static_cast<acc_t<scalar>>(row[c[v]]);
+    }
+  }
 };
 
+constexpr int kAhead = 3;  // frames that are loaded before they are needed
+
 // y = the convolution of x, or its transpose: taps reversed, the gate of the frame written in place of those read.
-template <class scalar, int V, int K>
-__global__ void __launch_bounds__(kThreads)
+template <class scalar, int V, int K, bool gated>
+__global__ void __launch_bounds__(kThreads, 2)
     conv_kernel(Runs<scalar> y, Runs<const scalar> x, Frame frame, Coefficients<scalar> w, bool transposed) {
   using acc = acc_t<scalar>;
   constexpr int R = K / 2;
   const Place<V> at(frame);
   if (!at.inside) return;
-  int64_t c[V];
-  for (int v = 0; v < V; ++v) c[v] = frame.channel(at.run, at.i + v);
+  const int T = static_cast<int>(frame.T);
   for (int64_t n = blockIdx.y; n < frame.N; n += gridDim.y) {
-    acc taps[K][V], window[K][V];  // frame t + k - R is window[k]
-    for (int k = 0; k < K; ++k)
-      for (int v = 0; v < V; ++v) taps[k][v] = w.tap(n, c[v], transposed ? K - 1 - k : k);
-    const auto read = [&](acc(&into)[V], int64_t t) {
-      if (t >= frame.T) return;
-      const Pack<scalar, V> values = Pack<scalar, V>::load(x.at(n, t, at.run, at.i));
-      for (int v = 0; v < V; ++v) {
-        into[v] = static_cast<acc>(values.v[v]);
-        if (w.gate && !transposed) into[v] *= w.gated(n, t, c[v]);
-      }
-    };
-    for (int k = R; k < K - 1; ++k) read(window[k], k - R);  // of t = 0, all but the last
-#pragma unroll 1
-    for (int64_t t = 0; t < frame.T; ++t) {
-      read(window[K - 1], t + R);
-      acc sum[V] = {};
-      for (int k = 0; k < K; ++k) {
-        if (t + k < R || t + k - R >= frame.T) continue;
-        for (int v = 0; v < V; ++v) sum[v] += taps[k][v] * window[k][v];
+    const scalar* from = x.at(n, 0, at.run, at.i);
+    scalar* to = y.at(n, 0, at.run, at.i);
+    Pack<scalar, V> ahead[kAhead]{};
+    for (int j = 0; j < kAhead; ++j)
+      if (j < T) ahead[j] = Pack<scalar, V>::load(from + j * x.st);
+    from += kAhead * x.st;
+
+    uint32_t c[V];
+    frame.channels(at.run, at.i, c);
+    acc taps[K][V], sums[K - 1][V] = {};  // of y[t - R], y[t - R + 1], ... what the frames before t give
+    w.template read_taps<V>(taps, n, c, transposed);
+    const scalar* gate = gated ? w.gate + n * T * w.C : nullptr;  // of the frame that is read, or written
+    const auto write = [&](const acc(&sum)[V]) {
+      acc gates[V];
+      if (gated && transposed) {
+        w.template read_gates<V>(gates, gate, c);
+        gate += w.C;
       }
       Pack<scalar, V> out;
-      for (int v = 0; v < V; ++v) {
-        if (w.gate && transposed) sum[v] *= w.gated(n, t, c[v]);
-        out.v[v] = static_cast<scalar>(sum[v]);
+      for (int v = 0; v < V; ++v) out.v[v] = static_cast<scalar>(gated && transposed ? sum[v] * gates[v] : sum[v]);
+      out.store(to);
+      to += y.st;
+    };
+
+#pragma unroll 1
+    for (int t = 0; t < T; ++t) {
+      acc value[V];
+      for (int v = 0; v < V; ++v) value[v] = static_cast<acc>(ahead[0].v[v]);
+      for (int j = 0; j + 1 < kAhead; ++j) ahead[j] = ahead[j + 1];
+      if (t + kAhead < T) ahead[kAhead - 1] = Pack<scalar, V>::load(from);
+      from += x.st;
+      if (gated && !transposed) {
+        acc gates[V];
+        w.template read_gates<V>(gates, gate, c);
+        gate += w.C;
+        for (int v = 0; v < V; ++v) value[v] *= gates[v];
       }
-      out.store(y.at(n, t, at.run, at.i));
-      for (int k = 0; k + 1 < K; ++k)
-        for (int v = 0; v < V; ++v) window[k][v] = window[k + 1][v];
+      for (int k = 0; k < K - 1; ++k)
+        for (int v = 0; v < V; ++v) sums[k][v] += taps[K - 1 - k][v] * value[v];
+      if (t >= R) write(sums[0]);
+      for (int v = 0; v < V; ++v) {
+        for (int k = 0; k + 2 < K; ++k) sums[k][v] = sums[k + 1][v];
+        sums[K - 2][v] = taps[0][v] * value[v];
+      }
     }
+    for (int k = 0; k < R; ++k)
+      if (T - R + k >= 0) write(sums[k]);
   }
 }
 
@@ -98,41 +157,54 @@ template <class scalar>
 void conv(const DeviceGuard& guard, const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool transposed) {
   const Frame frame(x, y);
   const auto run = [&](auto kernel, int V) {
-    launch(guard, kernel, {frame.blocks(V), x.N}, frame.of<scalar>(y), frame.of<const scalar>(x), frame, w, transposed);
+    launch(guard, kernel, {frame.blocks(V), x.N}, frame.of<scalar>(y), frame.of<const scalar>(x), frame,
+           w.for_packs(frame.channels_last, V), transposed);
   };
   by_width<scalar>(frame.width(x, y), [&](auto V) {
+    constexpr int kSmall = std::min<int>(V, 4);  // eight elements with five taps are more than the registers hold
     if (w.K == 3)
-      run(conv_kernel<scalar, V, 3>, V);
-    else if (w.K == 5)  // eight elements with five taps are more than the registers hold
-      run(conv_kernel<scalar, std::min<int>(V, 4), 5>, std::min<int>(V, 4));
+      w.gate ? run(conv_kernel<scalar, V, 3, true>, V) : run(conv_kernel<scalar, V, 3, false>, V);
+    else if (w.K == 5)
+      w.gate ? run(conv_kernel<scalar, kSmall, 5, true>, kSmall) : run(conv_kernel<scalar, kSmall, 5, false>, kSmall);
     else
       run(long_conv_kernel<scalar>, 1);
   });
 }
 
-// How the backward cuts frames: a block has `channel_lanes` groups of V channels (channels_last) or single channels
-// (planar), and `pixel_lanes` single pixels or groups of V. Neighbouring threads have neighbouring elements.
-struct Cut {
+// What a block of the backward has of a frame. channels_last: `lanes` times V channels of the pixels that the other
+// threads make; planar: `length` adjacent pixels of `lines` channels, which are whole where there are several. A pack
+// may go from one channel into the next where nothing lies between them.
+struct Tile {
   int64_t N, T, C, P;
-  bool channels_last;
-  int V;
-  int64_t channel_lanes, pixel_lanes, channel_blocks, chunks;
+  bool channels_last, spans;  // whether packs go from channel to channel
+  int lanes = 1, lines = 1, length = 0;
+  int64_t channel_blocks, chunks;
 
-  Cut(const Clip& x, int V_) : N(x.N), T(x.T), C(x.C), P(x.P), channels_last(x.channels_last), V(V_) {
-    const auto lanes = [](int64_t n) {
-      int64_t power = 1;
-      while (power < n && power < kThreads) power *= 2;
-      return power;
-    };
+  Tile(const Clip& x, int V)
+      : N(x.N), T(x.T), C(x.C), P(x.P), channels_last(x.channels_last), spans(!channels_last && P % V != 0) {
     if (channels_last) {
-      channel_lanes = lanes(C / V);
-      pixel_lanes = kThreads / channel_lanes;
+      const int widest = V == 1 ? kWarp : 8;  // a pixel's channels in a block: 128 bytes, and few partial sums
+      while (lanes < widest && lanes * V < C) lanes *= 2;
+      channel_blocks = blocks_for(C, lanes * V);
+      chunks = blocks_for(P, kThreads / lanes);
     } else {
-      pixel_lanes = lanes(P / V);
-      channel_lanes = kThreads / pixel_lanes;
+      const int64_t elements = kThreads * V;
+      length = static_cast<int>(std::min(P, elements));
+      lines = static_cast<int>(elements / length);
+      int whole = V;  // so many channels are whole packs
+      for (int64_t left = P; left % 2 == 0 && whole > 1; left /= 2) whole /= 2;
+      lines -= spans ? lines % whole : 0;
+      channel_blocks = lines == 0 ? 0 : blocks_for(C, lines);
+      chunks = blocks_for(P, length);
     }
-    channel_blocks = blocks_for(C, channel_lanes * (channels_last ? V : 1));
-    chunks = blocks_for(P, pixel_lanes * (channels_last ? 1 : V));
+  }
+
+  // Whether packs of V elements of these tensors can be read at once.
+  template <class... Clips>
+  bool suits(int V, const Clips&... clips) const {
+    const auto dense = [&](const Clip& x) { return x.dense_frames() && whole_packs(x, V, 0, C * P); };
+    if (spans) return lines > 0 && chunks == 1 && (dense(clips) && ...);
+    return (whole_packs(clips, V, P) && ...);
   }
 };
 
@@ -142,130 +214,192 @@ enum class Slot { frame, clip, row };
 
 // For taps first .. first + M - 1 of the kernel: partial sums, and dx where M is K and dx is wanted.
 template <class scalar, int V, int M>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(Elements<scalar> dx, Elements<const scalar> dy, Elements<const scalar> x, Cut cut,
-                    Coefficients<scalar> w, acc_t<scalar>* partial, Slot slot, int64_t first, bool with_dx) {
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_kernel(Elements<scalar> dx, Elements<const scalar> dy, Elements<const scalar> x, Tile tile,
+                    Coefficients<scalar> w, acc_t<scalar>* partial, Slot slot, int first, bool with_dx) {
   using acc = acc_t<scalar>;
-  __shared__ acc shared[kThreads];
-  const int64_t block = quotient(blockIdx.x, cut.chunks), chunk = blockIdx.x - block * cut.chunks;
-  const int channel_lanes = static_cast<int>(cut.channel_lanes), pixel_lanes = static_cast<int>(cut.pixel_lanes);
-  const int thread = threadIdx.x;
-  const int lane_c = cut.channels_last ? thread % channel_lanes : thread / pixel_lanes;
-  const int lane_p = cut.channels_last ? thread / channel_lanes : thread % pixel_lanes;
-  const int per_c = cut.channels_last ? V : 1, per_p = cut.channels_last ? 1 : V;
-  const int64_t c = (block * channel_lanes + lane_c) * per_c, p = (chunk * pixel_lanes + lane_p) * per_p;
-  const bool inside = c < cut.C && p < cut.P;
-  const int64_t R = w.K / 2;
-  const auto channel = [&](int v) { return cut.channels_last ? c + v : c; };
+  using Values = Pack<scalar, V>;
+  __shared__ acc shared[M * V * kThreads];
+  const int64_t block = quotient(blockIdx.x, tile.chunks), chunk = blockIdx.x - block * tile.chunks;
+  const int thread = threadIdx.x, T = static_cast<int>(tile.T), ahead = static_cast<int>(w.K / 2) - first;
+  int64_t c0, p;
+  bool inside;
+  if (tile.channels_last) {
+    c0 = (block * tile.lanes + thread % tile.lanes) * V;
+    p = chunk * (kThreads / tile.lanes) + thread / tile.lanes;
+    inside = c0 < tile.C && p < tile.P;
+  } else {
+    const int line = thread * V / tile.length;
+    c0 = block * tile.lines + line;
+    p = chunk * tile.length + thread * V - line * tile.length;
+    inside = line < tile.lines && c0 < tile.C && p < tile.P;
+  }
+  uint32_t c[V];
+  c[0] = static_cast<uint32_t>(c0);
+  for (int v = 1; v < V; ++v) c[v] = c[v - 1] + (tile.channels_last || (tile.spans && (p + v) % tile.P == 0));
 
   // Adds q over the threads of each channel, in a fixed order, and writes what the block has.
-  const auto write = [&](const acc(&q)[M][V], int64_t at) {
-    for (int j = 0; j < M; ++j) {
-      for (int v = 0; v < V; ++v) {
-        if (v >= per_c) continue;
-        acc own = q[j][v];
-        if (!cut.channels_last)
-          for (int u = 1; u < V; ++u) own += q[j][u];
-        shared[thread] = own;
-        __syncthreads();
-        for (int half = pixel_lanes / 2; half > 0; half /= 2) {
-          const int other = thread + half * (cut.channels_last ? channel_lanes : 1);
-          if (lane_p < half) shared[thread] += shared[other];
-          __syncthreads();
+  acc q[M][V] = {};
+  const auto write = [&](int64_t at) {
+    const auto target = [&](int j, int64_t channel) -> acc& {
+      return partial[((at * tile.chunks + chunk) * w.K + first + j) * tile.C + channel];
+    };
+    if (tile.channels_last) {
+      for (int j = 0; j < M; ++j)
+        for (int v = 0; v < V; ++v) shared[(j * kThreads + thread) * V + v] = q[j][v];
+      __syncthreads();
+      const int across = tile.lanes * V;
+      for (int o = thread; o < M * across; o += kThreads) {
+        const int j = o / across, channel = o - j * across;
+        acc sum = 0;
+        for (int i = channel; i < V * kThreads; i += across) sum += shared[j * V * kThreads + i];
+        if (block * across + channel < tile.C) target(j, block * across + channel) = sum;
+      }
+    } else {
+      const int each = tile.spans ? V : 1, count = tile.length * each / V;  // sums of a thread, and of a line
+      for (int j = 0; j < M; ++j) {
+        if (tile.spans) {
+          for (int v = 0; v < V; ++v) shared[(j * kThreads + thread) * V + v] = q[j][v];
+        } else {
+          acc own = q[j][0];
+          for (int v = 1; v < V; ++v) own += q[j][v];
+          shared[j * kThreads + thread] = own;
         }
-        if (lane_p == 0 && c < cut.C)
-          partial[((at * cut.chunks + chunk) * w.K + first + j) * cut.C + channel(v)] = shared[thread];
-        __syncthreads();
+      }
+      __syncthreads();
+      for (int o = thread / kWarp; o < M * tile.lines; o += kThreads / kWarp) {
+        const int j = o / tile.lines, line = o - j * tile.lines;
+        acc sum = 0;
+        for (int i = thread % kWarp; i < count; i += kWarp) sum += shared[j * each * kThreads + line * count + i];
+        for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+        if (thread % kWarp == 0 && block * tile.lines + line < tile.C) target(j, block * tile.lines + line) = sum;
       }
     }
+    __syncthreads();
+    for (int j = 0; j < M; ++j)
+      for (int v = 0; v < V; ++v) q[j][v] = 0;
   };
 
-  acc total[M][V] = {};
-  for (int64_t n = blockIdx.y; n < cut.N; n += gridDim.y) {
-    acc taps[M][V], window[M][V], q[M][V] = {};  // window[j] is dy of frame t + R - first - j
-    for (int j = 0; j < M; ++j)
-      for (int v = 0; v < V; ++v) taps[j][v] = inside ? w.tap(n, channel(v), first + j) : acc(0);
-    const auto read = [&](acc(&into)[V], int64_t t) {
-      if (!inside || t < 0 || t >= cut.T) return;
-      const Pack<scalar, V> values = Pack<scalar, V>::load(dy.at(n, t, c, p));
-      for (int v = 0; v < V; ++v) into[v] = static_cast<acc>(values.v[v]);
+  for (int64_t n = blockIdx.y; n < tile.N; n += gridDim.y) {
+    const scalar *from_dy = dy.at(n, ahead, c0, p), *from_x = x.at(n, 0, c0, p);  // frames t + ahead and t
+    Values window[M]{}, next_dy{}, next_x{};  // window[j] is dy of frame t + ahead - j
+    const auto read = [&](int t) {            // those of t
+      if (inside && t + ahead >= 0 && t + ahead < T) next_dy = Values::load(from_dy + t * dy.st);
+      if (inside && t < T) next_x = Values::load(from_x + t * x.st);
     };
-    for (int j = 1; j < M; ++j) read(window[j - 1], R - first - j);
-#pragma unroll 1
-    for (int64_t t = 0; t < cut.T; ++t) {
-      for (int j = M - 1; j > 0; --j)
-        for (int v = 0; v < V; ++v) window[j][v] = window[j - 1][v];
-      read(window[0], t + R - first);
-      if (inside) {
-        const Pack<scalar, V> here = Pack<scalar, V>::load(x.at(n, t, c, p));
-        acc sum[V] = {};
-        for (int j = 0; j < M; ++j) {
-          const int64_t s = t + R - first - j;
-          if (s < 0 || s >= cut.T) continue;
-          for (int v = 0; v < V; ++v) {
-            sum[v] += taps[j][v] * window[j][v];
-            q[j][v] += static_cast<acc>(here.v[v]) * window[j][v];
-          }
-        }
-        if (with_dx) {
-          Pack<scalar, V> out;
-          for (int v = 0; v < V; ++v)
-            out.v[v] = static_cast<scalar>(w.gate ? sum[v] * w.gated(n, t, channel(v)) : sum[v]);
-          out.store(dx.at(n, t, c, p));
-        }
-      }
-      if (slot == Slot::frame) {
-        write(q, n * cut.T + t);
-        for (int j = 0; j < M; ++j)
-          for (int v = 0; v < V; ++v) q[j][v] = 0;
-      }
+    for (int j = 1; j < M; ++j)
+      if (inside && ahead - j >= 0 && ahead - j < T) window[j - 1] = Values::load(from_dy - j * dy.st);
+    read(0);
+    acc taps[M][V] = {};
+    if (inside && with_dx) {
+      if constexpr (M > 1) w.template read_taps<V>(taps, n, c, false);
     }
-    if (slot == Slot::clip) write(q, n);
-    if (slot == Slot::row)
-      for (int j = 0; j < M; ++j)
-        for (int v = 0; v < V; ++v) total[j][v] += q[j][v];
+#pragma unroll 1
+    for (int t = 0; t < T; ++t) {
+      for (int j = M - 1; j > 0; --j) window[j] = window[j - 1];
+      window[0] = next_dy;
+      const Values here = next_x;
+      read(t + 1);
+      acc sum[V] = {};
+      for (int j = 0; j < M; ++j) {
+        const int s = t + ahead - j;
+        if (s < 0 || s >= T) continue;
+        for (int v = 0; v < V; ++v) {
+          const acc grad = static_cast<acc>(window[j].v[v]);
+          sum[v] += taps[j][v] * grad;
+          q[j][v] += static_cast<acc>(here.v[v]) * grad;
+        }
+      }
+      if (inside && with_dx) {
+        if (w.gate) {
+          acc gates[V];
+          w.template read_gates<V>(gates, w.gate + (n * T + t) * w.C, c);
+          for (int v = 0; v < V; ++v) sum[v] *= gates[v];
+        }
+        Values out;
+        for (int v = 0; v < V; ++v) out.v[v] = static_cast<scalar>(sum[v]);
+        out.store(dx.at(n, t, c0, p));
+      }
+      const bool last = t + 1 == T;
+      if (slot == Slot::frame || (last && (slot == Slot::clip || n + gridDim.y >= tile.N)))
+        write(slot == Slot::frame ? n * T + t : slot == Slot::clip ? n : blockIdx.y);
+    }
   }
-  if (slot == Slot::row) write(total, blockIdx.y);
 }
 
-// dweight, of `kernels` times K elements: a warp adds up each one, the lanes in a fixed order.
-template <class scalar>
-__global__ void __launch_bounds__(kThreads)
-    weight_kernel(scalar* dweight, const acc_t<scalar>* partial, Coefficients<scalar> w, int64_t kernels, int64_t slots,
-                  int64_t chunks, Slot slot) {
-  const int64_t element = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t i = quotient(element, w.K), k = element - i * w.K;
-  double sum = 0;
-  if (i < kernels) {
-    // Of kernel i: its slots, and its channels.
-    const int64_t clip = w.per_clip ? quotient(i, w.C) : 0, c0 = w.per_clip ? i - clip * w.C : i * w.group;
-    const int64_t of_clip = slot == Slot::frame ? w.T : 1;
-    const int64_t first = w.per_clip ? clip * of_clip : 0, count = w.per_clip ? of_clip : slots;
-    for (int64_t term = lane; term < count * chunks * w.group; term += kWarp) {
-      const int64_t part = quotient(term, w.group), c = c0 + term - part * w.group;
-      const int64_t s = first + quotient(part, chunks), chunk = part - quotient(part, chunks) * chunks;
-      double value = partial[((s * chunks + chunk) * w.K + k) * w.C + c];
-      if (slot == Slot::frame) value *= static_cast<double>(static_cast<acc_t<scalar>>(w.gate[s * w.C + c]));
-      sum += value;
-    }
+// How a block adds up `terms` partial sums of each column: by `rows` threads, neighbours in neighbouring columns.
+struct Split {
+  int rows = 1, columns;
+
+  explicit Split(int64_t terms) {
+    while (rows < kWarp && rows < terms) rows *= 2;
+    columns = kThreads / rows;
   }
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-  if (i < kernels && lane == 0) dweight[element] = static_cast<scalar>(static_cast<acc_t<scalar>>(sum));
+};
+
+// The sum over the threads t, t + stop, t + 2*stop, ... of a block, for its threads below `stop`.
+__device__ inline double sum_over(double value, int stop) {
+  __shared__ double shared[kThreads];
+  const int thread = threadIdx.x;
+  shared[thread] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half >= stop; half /= 2) {
+    if (thread < half) shared[thread] += shared[thread + half];
+    __syncthreads();
+  }
+  return shared[thread];
+}
+
+// dweight: a block has tap k of as many channels as it has columns, or of the channels of one group.
+template <class scalar>
+__global__ void __launch_bounds__(kThreads, 4)
+    weight_kernel(scalar* dweight, const acc_t<scalar>* partial, Coefficients<scalar> w, Split split, int64_t slots,
+                  int64_t chunks, Slot slot) {
+  const int columns = split.columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
+  const int64_t unit = quotient(blockIdx.x, w.K), k = blockIdx.x - unit * w.K;
+  const bool alone = w.group == 1;
+  const int64_t begin = unit * (alone ? columns : w.group), end = begin + (alone ? columns : w.group);
+  const int64_t clips = w.per_clip ? quotient(slots, slot == Slot::frame ? w.T : 1) : 1;
+  for (int64_t clip = blockIdx.y; clip < clips; clip += gridDim.y) {
+    const int64_t count = quotient(slots, clips) * chunks;
+    double sum = 0;
+    for (int64_t c = begin + column; c < end && c < w.C; c += columns) {
+#pragma unroll 4
+      for (int64_t term = clip * count + row; term < (clip + 1) * count; term += split.rows) {
+        double value = partial[(term * w.K + k) * w.C + c];
+        if (slot == Slot::frame)
+          value *= static_cast<double>(static_cast<acc_t<scalar>>(w.gate[quotient(term, chunks) * w.C + c]));
+        sum += value;
+      }
+    }
+    sum = sum_over(sum, alone ? columns : 1);
+    const int64_t i = alone ? clip * w.per_clip + begin + column : unit;
+    if (alone ? row == 0 && begin + column < w.C : threadIdx.x == 0)
+      dweight[i * w.K + k] = static_cast<scalar>(static_cast<acc_t<scalar>>(sum));
+    __syncthreads();
+  }
 }
 
 // dgate [N*T, C].
 template <class scalar>
 __global__ void __launch_bounds__(kThreads)
-    gate_kernel(scalar* dgate, const acc_t<scalar>* partial, Coefficients<scalar> w, int64_t count, int64_t chunks) {
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (element >= count) return;
-  const int64_t frame = quotient(element, w.C), c = element - frame * w.C, n = quotient(frame, w.T);
-  double sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t k = 0; k < w.K; ++k)
-      sum += static_cast<double>(partial[((frame * chunks + chunk) * w.K + k) * w.C + c]) * w.tap(n, c, k);
-  dgate[element] = static_cast<scalar>(static_cast<acc_t<scalar>>(sum));
+    gate_kernel(scalar* dgate, const acc_t<scalar>* partial, Coefficients<scalar> w, Split split, int64_t frames,
+                int64_t chunks) {
+  const int columns = split.columns, row = threadIdx.x / columns;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * columns + threadIdx.x % columns;
+  for (int64_t frame = blockIdx.y; frame < frames; frame += gridDim.y) {
+    double sum = 0;
+    for (int64_t k = 0; k < w.K && c < w.C; ++k) {
+      double of_tap = 0;
+#pragma unroll 4
+      for (int64_t chunk = row; chunk < chunks; chunk += split.rows)
+        of_tap += static_cast<double>(partial[((frame * chunks + chunk) * w.K + k) * w.C + c]);
+      sum += of_tap * w.tap(quotient(frame, w.T), c, k);
+    }
+    sum = sum_over(sum, columns);
+    if (row == 0 && c < w.C) dgate[frame * w.C + c] = static_cast<scalar>(static_cast<acc_t<scalar>>(sum));
+    __syncthreads();
+  }
 }
 
 template <class scalar>
@@ -293,50 +427,51 @@ Tensor temporal_conv(const Tensor& x_, const Tensor& weight, Segments n_segment,
   return y.tensor;
 }
 
-// The elements of one access in the backward: 16 bytes, but four at most, which leaves the sums in registers.
-template <class scalar>
-constexpr int kBackwardWidth = sizeof(scalar) == 8 ? 2 : 4;
-
 // Fills dweight and dgate (null for neither), and dx where it is given.
 template <class scalar>
 void backward(const DeviceGuard& guard, const Clip* dx, const Tensor* dweight, const Tensor* dgate, const Clip& dy,
               const Clip& x, const Coefficients<scalar>& w) {
-  constexpr int kWide = kBackwardWidth<scalar>;
-  const auto wide = [](const Clip& clip) { return whole_packs(clip, kWide, clip.P); };
-  const bool by_one = !(wide(dy) && wide(x) && (!dx || wide(*dx)));
-  const Cut cut(x, by_one ? 1 : kWide);
-  const Slot slot = w.gate ? Slot::frame : w.per_clip ? Slot::clip : Slot::row;
-  // Rows of the grid: enough blocks to fill a GPU, and no more sums than that.
-  const int64_t blocks = cut.channel_blocks * cut.chunks;
-  const int64_t rows =
-      slot == Slot::row ? std::min<int64_t>(x.N, blocks_for(2048, blocks)) : std::min<int64_t>(x.N, 65535);
-  const int64_t slots = slot == Slot::frame ? x.N * x.T : slot == Slot::clip ? x.N : rows;
   using acc = acc_t<scalar>;
-  const Tensor partial = torch::stable::new_empty(x.tensor, std::array<int64_t, 1>{slots * cut.chunks * w.K * x.C},
+  constexpr int kWide = kWidestBytes / sizeof(scalar), kSmall = std::min(kWide, 4);
+  const bool fast = w.K == 3 || w.K == 5;
+  const int widest = w.K == 5 ? kSmall : kWide;  // as in the forward
+  const bool by_one = !Tile(x, widest).suits(widest, dy, x, dx ? *dx : x);
+  const int V = by_one ? 1 : widest;
+  const Tile tile(x, V);
+  const Slot slot = w.gate ? Slot::frame : w.per_clip ? Slot::clip : Slot::row;
+  const int64_t blocks = tile.channel_blocks * tile.chunks;
+  // Rows of the grid: enough blocks to fill a GPU, no more sums than that, and the same number of clips for each.
+  int64_t rows = std::min<int64_t>(x.N, 65535);
+  if (slot == Slot::row) rows = blocks_for(x.N, blocks_for(x.N, std::min(x.N, blocks_for(1024, blocks))));
+  const int64_t slots = slot == Slot::frame ? x.N * x.T : slot == Slot::clip ? x.N : rows;
+  const Tensor partial = torch::stable::new_empty(x.tensor, std::array<int64_t, 1>{slots * tile.chunks * w.K * x.C},
                                                   sizeof(acc) == 8 ? ScalarType::Double : ScalarType::Float);
   acc* sums = static_cast<acc*>(partial.data_ptr());
-  const bool fast = w.K == 3 || w.K == 5;
-  const auto run = [&](auto kernel, int64_t first) {
+  const Coefficients<scalar> of_packs = w.for_packs(x.channels_last, V);
+  const auto run = [&](auto kernel, int first) {
     launch(guard, kernel, {blocks, rows}, Elements<scalar>(dx ? *dx : x), Elements<const scalar>(dy),
-           Elements<const scalar>(x), cut, w, sums, slot, first, fast && dx);
+           Elements<const scalar>(x), tile, of_packs, sums, slot, first, fast && dx);
   };
   if (w.K == 3) {
     by_one ? run(backward_kernel<scalar, 1, 3>, 0) : run(backward_kernel<scalar, kWide, 3>, 0);
   } else if (w.K == 5) {
-    by_one ? run(backward_kernel<scalar, 1, 5>, 0) : run(backward_kernel<scalar, kWide, 5>, 0);
+    by_one ? run(backward_kernel<scalar, 1, 5>, 0) : run(backward_kernel<scalar, kSmall, 5>, 0);
   } else {
-    for (int64_t k = 0; k < w.K; ++k)
+    for (int k = 0; k < w.K; ++k)
       by_one ? run(backward_kernel<scalar, 1, 1>, k) : run(backward_kernel<scalar, kWide, 1>, k);
     if (dx) conv(guard, *dx, dy, w, true);
   }
   if (dweight) {
-    const int64_t kernels = dweight->numel() / w.K;
-    launch(guard, weight_kernel<scalar>, {blocks_for(dweight->numel() * kWarp)},
-           static_cast<scalar*>(dweight->data_ptr()), sums, w, kernels, slots, cut.chunks, slot);
+    const Split split(slots * tile.chunks / (w.per_clip ? x.N : 1));
+    const int64_t units = w.group == 1 ? blocks_for(w.C, split.columns) : w.C / w.group;
+    launch(guard, weight_kernel<scalar>, {units * w.K, w.per_clip ? x.N : 1}, static_cast<scalar*>(dweight->data_ptr()),
+           sums, w, split, slots, tile.chunks, slot);
   }
-  if (dgate)
-    launch(guard, gate_kernel<scalar>, {blocks_for(dgate->numel())}, static_cast<scalar*>(dgate->data_ptr()), sums, w,
-           dgate->numel(), cut.chunks);
+  if (dgate) {
+    const Split split(tile.chunks);
+    launch(guard, gate_kernel<scalar>, {blocks_for(w.C, split.columns), x.N * x.T},
+           static_cast<scalar*>(dgate->data_ptr()), sums, w, split, x.N * x.T, tile.chunks);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_backward(const Tensor& grad, const Tensor& x_, const Tensor& weight,

@@ -5,52 +5,93 @@
 namespace tempops {
 namespace {
 
-// Which frame channel c reads, as an offset.
-__device__ int64_t offset_of(const Shift& shift, int64_t c) {
-  return c < shift.fold ? shift.first : c < 2 * shift.fold ? shift.second : 0;
+// The groups of channels of a thread's V elements: 0 and 1 move, 2 stays. Nearly always all are of one.
+template <int V>
+struct Groups {
+  int of[V];
+  bool together;
+
+  __device__ Groups(const Frame& frame, const Shift& shift, const Place<V>& at) {
+    uint32_t c[V];
+    frame.channels(at.run, at.i, c);
+    const uint32_t fold = static_cast<uint32_t>(shift.fold);
+    for (int v = 0; v < V; ++v) of[v] = c[v] < fold ? 0 : c[v] - fold < fold ? 1 : 2;
+    // From one pixel to the next one (channels_last) the channels begin again.
+    together = of[0] == of[V - 1] && (!frame.channels_last || c[V - 1] - c[0] == V - 1);
+  }
+};
+
+__device__ int offset_of(const Shift& shift, int group) {
+  return static_cast<int>(group == 0 ? shift.first : group == 1 ? shift.second : 0);
 }
+
+constexpr int kFrames = 4;  // that a thread reads before it writes the first
 
 template <class word, int V>
 __global__ void __launch_bounds__(kThreads) shift_kernel(Runs<word> y, Runs<const word> x, Frame frame, Shift shift) {
   const Place<V> at(frame);
   if (!at.inside) return;
-  int64_t offset[V];
-  bool together = true;
-  for (int k = 0; k < V; ++k) {
-    offset[k] = offset_of(shift, frame.channel(at.run, at.i + k));
-    together = together && offset[k] == offset[0];
-  }
-  for (int64_t f = blockIdx.y; f < frame.N * frame.T; f += gridDim.y) {
-    const int64_t n = quotient(f, frame.T), t = f - n * frame.T;
-    Pack<word, V> out{};
-    if (together) {
-      const int64_t source = t + offset[0];
-      if (source >= 0 && source < frame.T) out = Pack<word, V>::load(x.at(n, source, at.run, at.i));
+  const word* from = x.at(0, 0, at.run, at.i);
+  word* to = y.at(0, 0, at.run, at.i);
+
+  const Groups<V> groups(frame, shift, at);
+  const int N = static_cast<int>(frame.N), T = static_cast<int>(frame.T);
+  const int64_t frames = frame.N * frame.T, step = static_cast<int64_t>(gridDim.y) * kFrames;
+  for (int64_t f = static_cast<int64_t>(blockIdx.y) * kFrames; f < frames; f += step) {
+    Pack<word, V> out[kFrames]{};
+    const auto read = [&](Pack<word, V>& into, FrameAt here, int group) {
+      here.t += offset_of(shift, group);
+      if (here.n < N && here.t >= 0 && here.t < T) into = Pack<word, V>::load(from + here.n * x.sn + here.t * x.st);
+    };
+    FrameAt here(f, T);
+    if (groups.together) {
+      for (int j = 0; j < kFrames; ++j, here.advance(T)) read(out[j], here, groups.of[0]);
     } else {
-      for (int k = 0; k < V; ++k) {
-        const int64_t source = t + offset[k];
-        if (source >= 0 && source < frame.T) out.v[k] = *x.at(n, source, at.run, at.i + k);
+      for (int j = 0; j < kFrames; ++j, here.advance(T)) {
+#pragma unroll 1
+        for (int each = 0; each < 3; ++each) {
+          Pack<word, V> values{};
+          read(values, here, each);
+          for (int v = 0; v < V; ++v)
+            if (groups.of[v] == each) out[j].v[v] = values.v[v];
+        }
       }
     }
-    out.store(y.at(n, t, at.run, at.i));
+    here = FrameAt(f, T);
+    for (int j = 0; j < kFrames && here.n < N; ++j, here.advance(T)) out[j].store(to + here.n * y.sn + here.t * y.st);
   }
 }
 
-// In place: a thread walks its elements through the clip, so that each frame is read before it is written.
+// In place, V elements of one clip that move by `offset`, 1 or -1: the walk through the frames reads each before it is
+// written, and the next one before that.
+template <int V, class word>
+__device__ void move(word* x, int64_t stride, int64_t T, int offset) {
+  const int64_t step = offset * stride;
+  Pack<word, V> value{};
+  if (offset < 0) x += (T - 1) * stride;
+  if (T > 1) value = Pack<word, V>::load(x + step);
+#pragma unroll 1
+  for (int64_t left = T; left > 0; --left, x += step) {
+    Pack<word, V> next{};
+    if (left > 2) next = Pack<word, V>::load(x + 2 * step);
+    value.store(x);
+    value = next;
+  }
+}
+
 template <class word, int V>
 __global__ void __launch_bounds__(kThreads) shift_inplace_kernel(Runs<word> x, Frame frame, Shift shift) {
   const Place<V> at(frame);
   if (!at.inside) return;
-  for (int k = 0; k < V; ++k) {
-    const int64_t offset = offset_of(shift, frame.channel(at.run, at.i + k));
-    if (offset == 0) continue;
-    for (int64_t n = blockIdx.y; n < frame.N; n += gridDim.y) {
-      for (int64_t step = 0; step < frame.T; ++step) {
-        const int64_t t = offset > 0 ? step : frame.T - 1 - step, source = t + offset;
-        const bool there = source >= 0 && source < frame.T;
-        *x.at(n, t, at.run, at.i + k) = there ? *x.at(n, source, at.run, at.i + k) : word(0);
-      }
+  const Groups<V> groups(frame, shift, at);
+  for (int64_t n = blockIdx.y; n < frame.N; n += gridDim.y) {
+    word* const first = x.at(n, 0, at.run, at.i);
+    if (groups.together) {
+      if (const int offset = offset_of(shift, groups.of[0])) move<V>(first, x.st, frame.T, offset);
+      continue;
     }
+    for (int v = 0; v < V; ++v)
+      if (const int offset = offset_of(shift, groups.of[v])) move<1>(first + v, x.st, frame.T, offset);
   }
 }
 
@@ -73,8 +114,8 @@ Tensor shifted(const Clip& x, const Shift& shift) {
   by_size(x, [&](auto* type) {
     using word = std::remove_pointer_t<decltype(type)>;
     by_width<word>(frame.width(x, y), [&](auto V) {
-      launch(guard, shift_kernel<word, V>, {frame.blocks(V), x.N * x.T}, frame.of<word>(y), frame.of<const word>(x),
-             frame, shift);
+      launch(guard, shift_kernel<word, V>, {frame.blocks(V), blocks_for(x.N * x.T, kFrames)}, frame.of<word>(y),
+             frame.of<const word>(x), frame, shift);
     });
   });
   return y.tensor;
@@ -86,7 +127,9 @@ void shift_in_place(const Clip& x, const Shift& shift) {
   const Frame frame(x);
   by_size(x, [&](auto* type) {
     using word = std::remove_pointer_t<decltype(type)>;
-    launch(guard, shift_inplace_kernel<word, 1>, {frame.blocks(1), x.N}, frame.of<word>(x), frame, shift);
+    by_width<word>(frame.width(x), [&](auto V) {
+      launch(guard, shift_inplace_kernel<word, V>, {frame.blocks(V), x.N}, frame.of<word>(x), frame, shift);
+    });
   });
 }
 

@@ -61,7 +61,9 @@ ucontext_t scheduler;
 std::vector<Fiber> fibers;
 std::vector<Barrier> warps;
 std::vector<uint64_t> exchanged[2];  // by thread; two, so that one shuffle may begin before all have read the last
+std::vector<void*> passed;           // by thread, likewise in `together`
 Barrier block;
+char* dynamic;  // of this launch's size, so that AddressSanitizer knows where it ends
 const std::function<void()>* running;
 int current;
 #ifdef CUDA_SIM_TSAN
@@ -99,17 +101,31 @@ void release(Barrier& barrier) {
   ++barrier.generation;
 }
 
-void wait(Barrier& barrier) {
+// The last one to come calls `last`, on behalf of all.
+template <class F>
+void wait(Barrier& barrier, const F& last) {
   const uint64_t generation = barrier.generation;
 #ifdef CUDA_SIM_TSAN
   __tsan_release(&barrier.met[generation % 2]);
 #endif
-  ++barrier.arrived;
+  if (++barrier.arrived == barrier.members) {
+#ifdef CUDA_SIM_TSAN
+    __tsan_acquire(&barrier.met[generation % 2]);
+#endif
+    last();
+#ifdef CUDA_SIM_TSAN
+    __tsan_release(&barrier.met[generation % 2]);
+#endif
+  }
   release(barrier);
   while (barrier.generation == generation) yield();
 #ifdef CUDA_SIM_TSAN
   __tsan_acquire(&barrier.met[generation % 2]);
 #endif
+}
+
+void wait(Barrier& barrier) {
+  wait(barrier, [] {});
 }
 
 void thread_main() {
@@ -172,9 +188,31 @@ uint64_t exchange(uint64_t bits, int from) {
   return slots[self / kWarp * kWarp + from];
 }
 
-void run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
+void together(void* mine, void (*f)(void* const* lanes)) {
+  passed[current] = mine;
+  void* const* const lanes = &passed[current / kWarp * kWarp];
+  wait(warps[current / kWarp], [&] { f(lanes); });
+}
+
+void check_aligned(const void* address, size_t size, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % size == 0) return;
+  std::fprintf(stderr, "misaligned address of %s\n", what);
+  std::abort();
+}
+
+char* dynamic_memory() {
+  return dynamic;
+}
+
+void run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& kernel) {
+  const auto release = [](char* memory) { ::operator delete(memory, std::align_val_t(128)); };
+  const std::unique_ptr<char, decltype(release)> memory(
+      static_cast<char*>(::operator new(dynamic_bytes, std::align_val_t(128))), release);
+  dynamic = memory.get();
+  std::memset(dynamic, 0xff, dynamic_bytes);  // NaN, so that what nobody has written shows
   if (fibers.size() < threads.x) fibers = std::vector<Fiber>(threads.x);
   for (auto& slots : exchanged) slots.resize(fibers.size());
+  passed.resize(fibers.size());
   running = &kernel;
   gridDim = grid;
   blockDim = threads;
@@ -204,12 +242,13 @@ void run(dim3 grid, dim3 threads, const std::function<void()>& kernel) {
 void __syncthreads() {
   cuda_sim::wait(cuda_sim::block);
 }
+void __syncwarp() {
+  cuda_sim::wait(cuda_sim::warps[cuda_sim::current / cuda_sim::kWarp]);
+}
 
 void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros) {
-  if (reinterpret_cast<uintptr_t>(to) % size || (zeros < size && reinterpret_cast<uintptr_t>(from) % size)) {
-    std::fputs("misaligned address of an asynchronous copy\n", stderr);
-    std::abort();
-  }
+  cuda_sim::check_aligned(to, size, "an asynchronous copy");
+  if (zeros < size) cuda_sim::check_aligned(from, size, "an asynchronous copy");
   const cuda_sim::Copy copy{to, from, size, zeros};
 #ifdef CUDA_SIM_TSAN
   copy.arrive();
