@@ -2,7 +2,8 @@
 
 Needs Triton, no GPU. The ops run on tensors without memory; in place of a launch the kernel is compiled, for the
 arguments' types and for what Triton would find out about their values. Fails where a kernel has local memory or spills
-registers, and where one that is to move 16 bytes at a time does not.
+registers, where one that is to move 16 bytes at a time does not, and where a matrix product does without the
+instructions that Hopper has for it.
 """
 
 import os
@@ -29,21 +30,30 @@ from tempops.triton import _common
 
 SHAPE = Shape(2, 8, 128, 16, 16)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+PRODUCTS = ("product_kernel", "weight_kernel")
 SPILLED = 16  # bytes: ptxas puts a number or two aside around a whole loop, which costs nothing
+HELD = {"conv_backward_kernel": 128, "bidirectional_backward_kernel": 32}  # those of kernels that use all they may
 
-# Kernels, or those of one element type, some of whose variants have no wide loads or stores, and why.
-NARROW = {
-    "total_kernel": ("ld", "st"),  # a few numbers
-    "gate_kernel": ("ld", "st"),  # a few numbers
-    "mix_kernel": ("ld", "st"),  # the few features of a clip
-    "rows_kernel": ("ld", "st"),
-    "mix_backward_kernel": ("ld", "st"),
-    "conv_backward_kernel": ("st",),  # without dx, it writes sums only
-    "bidirectional_weight_kernel": ("st",),  # it writes sums only
-    "cosine_kernel": ("st",),  # the similarity is one number a pixel
-    "gradient_kernel": ("ld",),  # neighbours read the same window's gradient
-    "product_kernel fp32": ("ld",),  # Hopper multiplies tf32 K first: what lies otherwise is turned by 4-byte copies
-    "weight_kernel fp32": ("ld",),
+# The widest load and store, in bytes, of kernels some of whose variants do without 16, and why.
+LEAST = {
+    "total_kernel": (0, 0),  # a few numbers
+    "gate_kernel": (0, 0),  # a few numbers
+    "mix_kernel": (0, 0),  # the few features of a clip
+    "rows_kernel": (0, 0),
+    "mix_backward_kernel": (0, 0),
+    "conv_backward_kernel": (16, 0),  # without dx, it writes sums only
+    "cosine_kernel": (16, 0),  # the similarity is one number a pixel
+    "gradient_kernel": (0, 16),  # neighbours read the same window's gradient
+    "enhance_3_kernel fp32": (8, 8),  # in channels_last, a thread has two channels of four pixels
+    "enhance_3_kernel bf16": (4, 4),
+    "enhance_3_backward_kernel fp32": (8, 8),
+    "enhance_3_backward_kernel bf16": (4, 4),
+    "bidirectional_kernel fp32": (8, 8),
+    "bidirectional_kernel bf16": (4, 4),
+    "bidirectional_backward_kernel fp32": (8, 0),  # without dx, it writes sums only
+    "bidirectional_backward_kernel bf16": (4, 0),
+    "product_kernel fp32": (0, 16),  # Hopper multiplies tf32 K first: what lies otherwise is turned by 4-byte copies
+    "weight_kernel fp32": (0, 16),
 }
 
 
@@ -69,11 +79,12 @@ class Launch:
 
     def __call__(self, *args, **named):
         values = dict(zip(self.kernel.arg_names, args)) | named
-        options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+        options = {name: values.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in values}
         signature, constants, attributes = {}, {}, {}
         for place, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, values[parameter.name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            specialized = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialized and value == 1):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name], attributes[(place,)] = f"*{DTYPES[value.dtype]}", [["tt.divisibility", 16]]
@@ -81,7 +92,7 @@ class Launch:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if specialized and value % 16 == 0:
                     attributes[(place,)] = [["tt.divisibility", 16]]
         what = (self.kernel, signature, constants, attributes, options)
         Launch.kept[f"{self.kernel.__name__} {what[1:]}"] = what
@@ -110,7 +121,7 @@ def launches() -> list[tuple]:
 
 
 def compiled(job: tuple[int, int]) -> tuple:
-    """Of one launch and architecture: registers, shared, local and spilled memory, widest load and store."""
+    """Of one launch and architecture: registers, shared, local and spilled memory, widest load and store, wgmma."""
     index, architecture = job
     kernel, signature, constants, attributes, options = LAUNCHES[index]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -128,7 +139,8 @@ def compiled(job: tuple[int, int]) -> tuple:
         return max((int(v[2:] or 1) * int(bits) // 8 for v, bits in found), default=0)
 
     local = len(re.findall(r"\b(?:ld|st)\.local|\.local \.", ptx))
-    return usage["REG"], result.metadata.shared, local, usage["STACK"] + usage["LOCAL"], widest("ld"), widest("st")
+    memory = result.metadata.shared, local, usage["STACK"] + usage["LOCAL"]
+    return usage["REG"], *memory, widest("ld"), widest("st"), ptx.count("wgmma.mma_async")
 
 
 LAUNCHES = launches()
@@ -139,7 +151,7 @@ def main() -> None:
     jobs = [(index, architecture) for index in range(len(LAUNCHES)) for architecture in (80, 90)]
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         rows = list(pool.map(compiled, jobs))
-    heads = ("arch", "variants", "registers", "shared", "local", "spilled", "load", "store")
+    heads = ("arch", "variants", "registers", "shared", "local", "spilled", "load", "store", "wgmma")
     print(f"{'kernel':32}{'element':>8}" + "".join(f"{head:>10}" for head in heads))
     table = {}
     for (index, architecture), row in zip(jobs, rows):
@@ -148,18 +160,21 @@ def main() -> None:
         table.setdefault((kernel.__name__, element, architecture), []).append(row)
     failed = []
     for (name, element, architecture), found in table.items():
-        registers, shared, local, spilled, load, store = zip(*found)
+        registers, shared, local, spilled, load, store, wgmma = zip(*found)
         most = (max(registers), max(shared), max(local), max(spilled))
-        numbers = (architecture / 10, len(found), *most, min(load), min(store))
+        numbers = (architecture / 10, len(found), *most, min(load), min(store), min(wgmma))
         line = f"{name:32}{element:>8}" + "".join(f"{number:10}" for number in numbers)
         print(line)
-        narrow = NARROW.get(name) or NARROW.get(f"{name} {element}", ())
-        wide = [min(widths) >= 16 for access, widths in (("ld", load), ("st", store)) if access not in narrow]
-        if max(local) or max(spilled) > SPILLED or not all(wide):
+        least = LEAST.get(name) or LEAST.get(f"{name} {element}", (16, 16))
+        slow = name in PRODUCTS and architecture == 90 and min(wgmma) == 0
+        narrow = min(load) < least[0] or min(store) < least[1]
+        if max(local) or max(spilled) > HELD.get(name, SPILLED) or narrow or slow:
             failed.append(line)
     if failed:
         sys.exit(
-            "\n".join(["local memory, more than a few bytes spilled, or accesses of less than 16 bytes:", *failed])
+            "\n".join(
+                ["local memory, more than a few bytes spilled, or accesses narrower than they should be:", *failed]
+            )
         )
 
 

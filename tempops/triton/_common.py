@@ -7,6 +7,7 @@ a pixel's C channels (channels_last). Programs walk T, so that a frame is read f
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
@@ -28,6 +29,11 @@ BLOCK = 1024  # elements of a program: 8 a thread, which is one access of 16 byt
 def wrap_triton(kernel):
     """The kernel as PyTorch's tracers see it; the interpreter's kernels are none that they take."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def registers(x: Tensor, most: int) -> dict:
+    """The option that leaves a thread so many registers, for more of them; tracers do not know it, and go without."""
+    return {"maxnreg": most} if type(x) in (Tensor, torch.nn.Parameter) and not INTERPRETED else {}
 
 
 def entry(implementation: Callable) -> Callable:
@@ -255,6 +261,14 @@ def power_of_two(n: int, most: int) -> int:
     return power
 
 
+def fitting(n: int, most: int) -> int:
+    """The greatest power of two up to `most` of which multiples cover n elements with few to spare."""
+    part = most
+    while part > 8 and n < 0.85 * part * cdiv(n, part):
+        part //= 2
+    return part
+
+
 class Tiles(NamedTuple):
     """How frames are cut where a program adds up pixels: into tiles of some channels by some pixels.
 
@@ -352,12 +366,12 @@ def tile(C, P, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
 
 @triton.jit
 def total_kernel(
-    out, parts, factor, kernels, rows, per_factor, K, C, group,
-    PER_CLIP: tl.constexpr, FACTOR: tl.constexpr, ELEMENTS: tl.constexpr, TERMS: tl.constexpr,
+    out, parts, kernels, rows, K, C, group,
+    PER_CLIP: tl.constexpr, ELEMENTS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """out [kernels, K] from parts [.., K, C]: kernel i of a clip adds up its `rows` rows and its `group` channels.
 
-    Row r counts factor[r // per_factor, c] times. In float64 and in a fixed order.
+    In float64 and in a fixed order.
     """
     e = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     i, k = e % kernels, e // kernels
@@ -368,14 +382,25 @@ def total_kernel(
     terms = rows * group
     for at in range(0, tl.cdiv(terms, TERMS)):
         term = at * TERMS + tl.arange(0, TERMS)
-        mask = inside & (term < terms)[None, :]
         row = first[:, None] + (term // group)[None, :]
         c = begin[:, None] + (term % group)[None, :]
-        value = tl.load(parts + (row * K + k[:, None]) * C + c, mask=mask, other=0).to(tl.float64)
-        if FACTOR:
-            value *= tl.load(factor + row // per_factor * C + c, mask=mask, other=0).to(tl.float64)
-        sums += value
+        mask = inside & (term < terms)[None, :]
+        sums += tl.load(parts + (row * K + k[:, None]) * C + c, mask=mask, other=0).to(tl.float64)
     tl.store(out + i * K + k, wide_as(tl.sum(sums, 1), out), mask=e < kernels * K)
+
+
+def add_up(out: Tensor, parts: Tensor, rows: int, C: int, K: int, group: int = 1, per_clip: bool = False) -> None:
+    """Writes to `out`, [.., K], the sums of `rows` rows of parts [.., K, C], by clip where each has kernels."""
+    wrap_triton(total_kernel)[(cdiv(out.numel(), 16),)](
+        out, parts, out.numel() // K, rows, K, C, group, PER_CLIP=per_clip, ELEMENTS=16, TERMS=64
+    )
+
+
+def planes(*tensors: Clips) -> dict:
+    """That the channels of all tensors follow one another, and the factor of P that wide loads are made of."""
+    x = tensors[0]
+    dense = all(not a.channels_last and a.sc == a.P for a in tensors)
+    return {"PLANES": dense, "UNIT": math.gcd(x.P, max(1, 16 // x.tensor.element_size()))}
 
 
 @triton.jit

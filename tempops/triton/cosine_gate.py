@@ -2,7 +2,8 @@
 
 All sums are over the channels of one pixel, so a program takes a tile of pixels of one clip and walks its frames, a
 block of channels at a time. A frame's tile comes from memory once, for the sums of the pair that it ends; it comes
-from a cache where it begins the next pair and where it is written.
+from a cache where it begins the next pair and where it is written. The second-level cache holds the tiles of all
+programs if these have few pixels, which is why they have eight warps.
 """
 
 import triton
@@ -16,13 +17,14 @@ from ._common import (
     clips,
     empty_like,
     entry,
+    planes,
     power_of_two,
     wide,
     within,
     wrap_triton,
 )
 
-PROGRAMS = 528  # clips are cut into segments of frames until there are that many
+PROGRAMS = 792  # clips are cut into segments of frames until there are that many
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def sums(here, there, there_c, grad, grad_c, C, inside, present, WITH_GRAD: tl.c
 
 
 @triton.jit
-def segment_of(T, P, length, segments, PIXELS: tl.constexpr):
+def segment_of(P, length, segments, PIXELS: tl.constexpr):
     """What a program has: clip, first frame, and pixels."""
     chunks = tl.cdiv(P, PIXELS)
     rest = tl.program_id(0) // chunks
@@ -62,11 +64,17 @@ def segment_of(T, P, length, segments, PIXELS: tl.constexpr):
 
 @triton.jit
 def cosine_kernel(
-    y, y_n, y_t, y_c, y_p, x, x_n, x_t, x_c, x_p, T, C, P, length, segments,
-    EPS: tl.constexpr, GATE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    y, y_n, y_t, y_c, y_p, x, x_n, x_t, x_c, x_p, T, C, parts, length, segments,
+    UNIT: tl.constexpr, PLANES: tl.constexpr, EPS: tl.constexpr, GATE: tl.constexpr, CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gated frames, or the similarity: y is then a map, [N, T, P]."""
-    n, first, p = segment_of(T, P, length, segments, PIXELS)
+    """Writes the gated frames, or the similarity: y is then a map, [N, T, P].
+
+    P is parts * UNIT. PLANES: a channel's pixels are followed by the next one's, in all tensors.
+    """
+    P = parts * UNIT
+    x_c, y_c = P if PLANES else x_c, P if PLANES else y_c
+    n, first, p = segment_of(P, length, segments, PIXELS)
     inside = (p < P)[None, :]
     x += n * x_n + p.to(tl.int64)[None, :] * x_p
     _, square, _ = sums(x + first.to(tl.int64) * x_t, x + first.to(tl.int64) * x_t, x_c, x, x_c, C, inside, T > 0,
@@ -94,15 +102,19 @@ def cosine_kernel(
 
 @triton.jit
 def cosine_backward_kernel(
-    dx, dx_n, dx_t, dx_c, dx_p, grad, grad_n, grad_t, grad_c, grad_p, x, x_n, x_t, x_c, x_p, T, C, P, length, segments,
-    EPS: tl.constexpr, GATE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    dx, dx_n, dx_t, dx_c, dx_p, grad, grad_n, grad_t, grad_c, grad_p, x, x_n, x_t, x_c, x_p,
+    T, C, parts, length, segments,
+    UNIT: tl.constexpr, PLANES: tl.constexpr, EPS: tl.constexpr, GATE: tl.constexpr, CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
 ):  # fmt: skip
     """With s = cos of (a, b) and h its gradient, da = h (b / |a||b| - s a / |a|^2), and db likewise.
 
     The similarity's h is its grad, a map [N, T, P]; the gate's is -<grad, x>. The last frame's s is a copy, so its
     gradient adds to the last pair's h.
     """
-    n, begin, p = segment_of(T, P, length, segments, PIXELS)
+    P = parts * UNIT
+    x_c, dx_c, grad_c = P if PLANES else x_c, P if PLANES else dx_c, P if PLANES else grad_c
+    n, begin, p = segment_of(P, length, segments, PIXELS)
     inside = (p < P)[None, :]
     x += n * x_n + p.to(tl.int64)[None, :] * x_p
     dx += n * dx_n + p.to(tl.int64)[None, :] * dx_p
@@ -156,28 +168,31 @@ def cosine_backward_kernel(
         product = next_product
 
 
-def cut(x: Clips, frames: int) -> tuple[tuple[int], tuple, dict]:
-    """The grid, the size of segments, and the constants for kernels that walk so many frames or pairs of a clip."""
-    channels = power_of_two(x.C, 64) if x.channels_last else 32
-    pixels = 1024 // channels if x.channels_last else 32
+def cut(x: Clips, frames: int, *others: Clips) -> tuple[tuple[int], tuple, dict]:
+    """The grid, the pixels in parts, the size of segments, and the constants for kernels that walk so many frames or
+    pairs of a clip.
+    """
+    channels = power_of_two(x.C, 256) if x.channels_last else 64
+    pixels = 2048 // channels
     programs = x.N * cdiv(x.P, pixels)
     length = cdiv(frames, max(1, PROGRAMS // programs))
     segments = cdiv(frames, length)
-    return (programs * segments,), (length, segments), {"CHANNELS": channels, "PIXELS": pixels}
+    constants = {**planes(x, *others), "CHANNELS": channels, "PIXELS": pixels, "num_warps": 8}
+    return (programs * segments,), (x.P // constants["UNIT"], length, segments), constants
 
 
-def forward(y: tuple, x: Clips, eps: float, gate: bool) -> None:
-    grid, sizes, constants = cut(x, x.T - 1)
-    wrap_triton(cosine_kernel)[grid](
-        *y, *x.strides, x.T, x.C, x.P, *sizes, EPS=float(eps), GATE=gate, **constants
-    )  # fmt: skip
+def forward(y: Clips | Tensor, x: Clips, eps: float, gate: bool) -> None:
+    grid, sizes, constants = cut(x, x.T - 1, *((y,) if gate else ()))
+    to = y.strides if gate else (y, 0, 0, 0, 0)
+    wrap_triton(cosine_kernel)[grid](*to, *x.strides, x.T, x.C, *sizes, EPS=float(eps), GATE=gate, **constants)
 
 
-def backward(dx: Clips, grad: tuple, x: Clips, eps: float, gate: bool) -> None:
-    grid, sizes, constants = cut(x, x.T)
+def backward(dx: Clips, grad: Clips | Tensor, x: Clips, eps: float, gate: bool) -> None:
+    grid, sizes, constants = cut(x, x.T, dx, *((grad,) if gate else ()))
+    dy = grad.strides if gate else (grad, 0, 0, 0, 0)
     wrap_triton(cosine_backward_kernel)[grid](
-        *dx.strides, *grad, *x.strides, x.T, x.C, x.P, *sizes, EPS=float(eps), GATE=gate, **constants
-    )  # fmt: skip
+        *dx.strides, *dy, *x.strides, x.T, x.C, *sizes, EPS=float(eps), GATE=gate, **constants
+    )
 
 
 @entry
@@ -187,7 +202,7 @@ def temporal_cosine_similarity(x: Tensor, n_segment: int | None, eps: float) -> 
     if x.C == 0:
         return s.tensor.zero_()
     if x.tensor.numel() > 0:
-        forward((s.tensor, 0, 0, 0, 0), x, eps, False)
+        forward(s.tensor, x, eps, False)
     return s.tensor
 
 
@@ -198,7 +213,7 @@ def temporal_cosine_similarity_backward(grad: Tensor, x: Tensor, n_segment: int 
     x = clips(x, n_segment)
     dx = empty_like(x, n_segment)
     if x.tensor.numel() > 0:
-        backward(dx, (grad.contiguous(), 0, 0, 0, 0), x, eps, False)
+        backward(dx, grad.contiguous(), x, eps, False)
     return dx.tensor
 
 
@@ -207,7 +222,7 @@ def cosine_gate(x: Tensor, n_segment: int | None, eps: float) -> Tensor:
     x = clips(x, n_segment)
     y = empty_like(x, n_segment)
     if x.tensor.numel() > 0:
-        forward(y.strides, x, eps, True)
+        forward(y, x, eps, True)
     return y.tensor
 
 
@@ -217,5 +232,5 @@ def cosine_gate_backward(grad: Tensor, x: Tensor, n_segment: int | None, eps: fl
     dy = clips(grad, n_segment, x)
     dx = empty_like(x, n_segment)
     if x.tensor.numel() > 0:
-        backward(dx, dy.strides, x, eps, True)
+        backward(dx, dy, x, eps, True)
     return dx.tensor

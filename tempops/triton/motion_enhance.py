@@ -27,6 +27,7 @@ from ._common import (
     within,
     wrap_triton,
 )
+from ._strips import laid, read_strip, start, strip, strips, write_strip
 
 
 @triton.jit
@@ -36,10 +37,13 @@ def near(h, w, a, b, H, W, inside):
 
 
 @triton.jit
-def larger(best, x, x_p, a, b, h, w, H, W, inside):
-    mask = near(h, w, a, b, H, W, inside)
-    value = wide(tl.load(x + (a * W + b) * x_p, mask=mask, other=float("-inf")))
-    return tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def replaced(columns, k: tl.constexpr, value):
+    return columns[:k] + (value,) + columns[k + 1 :]
 
 
 @triton.jit
@@ -61,9 +65,106 @@ def enhance_kernel(
         best = centre
         for a in range(-R, R + 1):
             for b in tl.static_range(-R, R + 1):
-                best = larger(best, there, step, a, b, h, w, H, W, inside)
+                mask = near(h, w, a, b, H, W, inside)
+                best = larger(best, wide(tl.load(there + (a * W + b) * step, mask=mask, other=float("-inf"))))
         tl.store(y + tl.cast(t, tl.int64) * y_t, best - here, mask=inside)
         here = centre
+
+
+@triton.jit
+def largest(
+    x, at, x_p: tl.constexpr, present, w,
+    W: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, REACH: tl.constexpr,
+):  # fmt: skip
+    """The columns of a row's strips, and for each column within REACH - 1 of them the maximum of it and its neighbours.
+
+    A row that the plane has not is -Inf.
+    """
+    values = read_strip(x, at, x_p, present, w, float("-inf"), REACH, W, V, CHANNELS_LAST)
+    pairs, triples = (), ()
+    for k in tl.static_range(V + 2 * REACH - 1):
+        pairs = pairs + (larger(values[k], values[k + 1]),)
+    for k in tl.static_range(V + 2 * REACH - 2):
+        triples = triples + (larger(pairs[k], values[k + 2]),)
+    return values, triples
+
+
+@triton.jit
+def enhance_3_kernel(
+    y, y_n, y_t, y_c, y_p: tl.constexpr, x, x_n, x_t, x_c, x_p: tl.constexpr, T, C, H,
+    W: tl.constexpr, V: tl.constexpr, DENSE: tl.constexpr, CHANNELS_LAST: tl.constexpr, CHANNELS: tl.constexpr,
+    ACROSS: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, _, c, h, w, inside = strip(C, H, W, V, CHANNELS, ACROSS, DOWN, BLOCK, CHANNELS_LAST)
+    x += start(n, c, h, w, x_n, x_c, x_p, H, W, DENSE, CHANNELS_LAST)
+    y += start(n, c, h, w, y_n, y_c, y_p, H, W, DENSE, CHANNELS_LAST)
+    here = read_strip(x, 0, x_p, inside, w, 0, 0, W, V, CHANNELS_LAST)
+    for t in range(1, T):
+        there = tl.cast(t, tl.int64) * x_t
+        centre, middle = largest(x, there, x_p, inside, w, W, V, CHANNELS_LAST, 1)
+        above = largest(x, there - W * x_p, x_p, inside & (h > 0), w, W, V, CHANNELS_LAST, 1)[1]
+        below = largest(x, there + W * x_p, x_p, inside & (h + 1 < H), w, W, V, CHANNELS_LAST, 1)[1]
+        results = ()
+        for k in tl.static_range(V):
+            results = results + (larger(larger(above[k], middle[k]), below[k]) - here[k],)
+        write_strip(y, tl.cast(t - 1, tl.int64) * y_t, y_p, results, inside, w, W, V, CHANNELS_LAST)
+        here = centre[1 : V + 1]
+
+
+@triton.jit
+def enhance_3_backward_kernel(
+    dx, dx_n, dx_t, dx_c, dx_p: tl.constexpr, dy, dy_n, dy_t, dy_c, dy_p: tl.constexpr,
+    x, x_n, x_t, x_c, x_p: tl.constexpr, T, C, H,
+    W: tl.constexpr, V: tl.constexpr, DENSE: tl.constexpr, CHANNELS_LAST: tl.constexpr, CHANNELS: tl.constexpr,
+    ACROSS: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A window's gradient goes to the row that won it, and from the middle of that row to the element that won there.
+
+    What comes first has won if what comes later is neither larger nor NaN.
+    """
+    n, _, c, h, w, inside = strip(C, H, W, V, CHANNELS, ACROSS, DOWN, BLOCK, CHANNELS_LAST)
+    x += start(n, c, h, w, x_n, x_c, x_p, H, W, DENSE, CHANNELS_LAST)
+    dy += start(n, c, h, w, dy_n, dy_c, dy_p, H, W, DENSE, CHANNELS_LAST)
+    dx += start(n, c, h, w, dx_n, dx_c, dx_p, H, W, DENSE, CHANNELS_LAST)
+    row: tl.constexpr = W * x_p
+    dy_row: tl.constexpr = W * dy_p
+    for t in range(T):
+        of_here = tl.cast(t, tl.int64) * dy_t
+        own = read_strip(dy, of_here, dy_p, inside & within(h, H, T > t + 1), w, 0, 0, W, V, CHANNELS_LAST)
+        totals = ()
+        for k in tl.static_range(V):
+            totals = totals + (-own[k],)
+        if t > 0:
+            here = tl.cast(t, tl.int64) * x_t
+            above_2 = largest(x, here - 2 * row, x_p, inside & (h > 1), w, W, V, CHANNELS_LAST, 2)[1]
+            above_1 = largest(x, here - row, x_p, inside & (h > 0), w, W, V, CHANNELS_LAST, 2)[1]
+            values, middle = largest(x, here, x_p, inside, w, W, V, CHANNELS_LAST, 2)
+            below_1 = largest(x, here + row, x_p, inside & (h + 1 < H), w, W, V, CHANNELS_LAST, 2)[1]
+            below_2 = largest(x, here + 2 * row, x_p, inside & (h + 2 < H), w, W, V, CHANNELS_LAST, 2)[1]
+            windows = of_here - dy_t
+            up = read_strip(dy, windows - dy_row, dy_p, inside & (h > 0), w, 0, 1, W, V, CHANNELS_LAST)
+            same = read_strip(dy, windows, dy_p, inside, w, 0, 1, W, V, CHANNELS_LAST)
+            under = read_strip(dy, windows + dy_row, dy_p, inside & (h + 1 < H), w, 0, 1, W, V, CHANNELS_LAST)
+            for k in tl.static_range(V + 2):
+                # The row around column k - 1, which is the middle of `left`, `value` and `right`.
+                best = middle[k]
+                wins = (best != best) | (h < 1)
+                most = tl.where(best != best, float("inf"), best)
+                early = tl.where(h < 2, above_1[k], larger(above_1[k], above_2[k]))
+                gradient = tl.where((best > early) | wins, up[k], 0)
+                gradient += tl.where(((best > above_1[k]) | wins) & (below_1[k] <= most), same[k], 0)
+                gradient += tl.where(larger(below_1[k], below_2[k]) <= most, under[k], 0)
+                left, value, right = values[k], values[k + 1], values[k + 2]
+                to_right = (right > larger(left, value)) | (right != right)
+                to_value = (value > left) | (value != value) | (w + k < 2)
+                rest = tl.where(to_right, 0, gradient)
+                if k > 1:
+                    totals = replaced(totals, k - 2, totals[k - 2] + tl.where(to_value, 0, rest))
+                if k > 0 and k <= V:
+                    totals = replaced(totals, k - 1, totals[k - 1] + tl.where(to_value, rest, 0))
+                if k < V:
+                    totals = replaced(totals, k, totals[k] + tl.where(to_right, gradient, 0))
+        write_strip(dx, tl.cast(t, tl.int64) * dx_t, dx_p, totals, inside, w, W, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -189,7 +290,10 @@ def before_last(x: Tensor, n_segment: int | None) -> tuple[tuple, int | None]:
 def motion_enhance(x: Tensor, n_segment: int | None, kernel_size: int) -> Tensor:
     x = clips(x, n_segment)
     y = empty_like(x, n_segment, T=x.T - 1)
-    if x.tensor.numel() > 0:
+    if x.tensor.numel() > 0 and kernel_size == 3:
+        cut = strips(x)
+        wrap_triton(enhance_3_kernel)[(x.N * cut.programs,)](*laid(y), *laid(x), x.T, x.C, x.H, **cut.constants(x, y))
+    elif x.tensor.numel() > 0:
         wrap_triton(enhance_kernel)[(x.N * cdiv(x.size, BLOCK),)](
             *y.address, *x.address, x.sp, *shape(x), R=radius(x, kernel_size), **frame_cut(x, y)
         )
@@ -203,7 +307,13 @@ def motion_enhance_backward(grad: Tensor, x: Tensor, n_segment: int | None, kern
     x = clips(x, n_segment)
     dy = clips(grad, segments, channels_last=x.channels_last)
     dx = empty_like(x, n_segment)
-    if x.tensor.numel() > 0:
+    if x.tensor.numel() > 0 and kernel_size == 3:
+        cut = strips(x)
+        wrap_triton(enhance_3_backward_kernel)[(x.N * cut.programs,)](
+            *laid(dx), *laid(dy), *laid(x), x.T, x.C, x.H,
+            **cut.constants(x, dx, dy),
+        )  # fmt: skip
+    elif x.tensor.numel() > 0:
         wrap_triton(enhance_backward_kernel)[(x.N * cdiv(x.size, BLOCK),)](
             *dx.address, *dy.address, dy.sp, *x.address, x.sp, *shape(x), R=radius(x, kernel_size),
             **frame_cut(x, dx, dy),

@@ -1,9 +1,15 @@
 """shift_conv1x1 in Triton: a matrix product of all pixels of all frames by the weight, whose K loop changes frame.
 
-The channels of a group that moves come from a neighbouring frame, so the loop over the input's channels is one loop a
-group, each with a frame of its own. The gradient to x is the plain product with the transposed weight; the shift is in
+The channels of a group that moves come from a neighbouring frame, which only moves the addresses of the loop's blocks
+and hides what lies outside the clip. The gradient to x is the plain product with the transposed weight; the shift is in
 where its results are written. The gradient to the weight sums over pixels, in splits whose sums are added up last.
+
+TILES, the table of block sizes, is predicted, not measured. Nothing is tuned at run time: a first call compiles one
+kernel.
 """
+
+import functools
+import math
 
 import torch
 import triton
@@ -21,6 +27,7 @@ from ._common import (
     entry,
     format_of,
     nothing,
+    registers,
     view,
     wide,
     wrap_triton,
@@ -44,98 +51,162 @@ def frame_of(m, T, P):
 
 
 @triton.jit
-def group_product(
-    total, x, x_t, x_c, weight, w_o, w_i, source, rows, o, begin, end, T, Cout,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Adds the product of the input channels begin .. end - 1, read at frames `source`; none outside the clip."""
-    rows = rows & (source >= 0) & (source < T)
-    x += source.to(tl.int64)[:, None] * x_t
-    for block in range(tl.cdiv(end - begin, BLOCK_K)):
-        i = begin + block * BLOCK_K + tl.arange(0, BLOCK_K)
-        a = operand(x + i.to(tl.int64)[None, :] * x_c, rows[:, None] & (i < end)[None, :], WIDEN)
-        b = operand(weight + o[None, :] * w_o + i[:, None] * w_i, (o < Cout)[None, :] & (i < end)[:, None], WIDEN)
-        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
-    return total
+def pixel_at(m, n, t, p, x_n, x_t, x_p, FLAT: tl.constexpr):
+    """Where pixel m is."""
+    if FLAT:
+        return m.to(tl.int64) * x_p
+    else:
+        return n * x_n + t.to(tl.int64) * x_t + p.to(tl.int64) * x_p
+
+
+@triton.jit
+def offset_of(i, fold, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """How many frames away channel i comes from, or goes to."""
+    return tl.where(i < fold, FIRST, tl.where(i < 2 * fold, SECOND, 0))
 
 
 @triton.jit
 def product_kernel(
-    y, y_n, y_t, y_c, y_p, x, x_n, x_t, x_c, x_p, weight, w_o, w_i, bias, M, T, P, C, Cout, fold, moving,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, AT_OUTPUT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    y, y_n, y_t, y_c, y_p, x, x_n, x_t, x_c, x_p, weight, w_o, w_i, bias, M, padded, T, parts, C, Cout, folds,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, Y_FLAT: tl.constexpr, X_FLAT: tl.constexpr, Y_PLANES: tl.constexpr,
+    X_PLANES: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, AT_OUTPUT: tl.constexpr,
+    BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y [M, Cout] = x [M, C] W, with the shift where x is read, or AT_OUTPUT where y is written."""
+    """y [M, Cout] = x [M, C] W, with the shift where x is read, or AT_OUTPUT where y is written.
+
+    A frame has `parts` * PIXELS pixels and a group that moves `folds` * CHANNELS channels. FLAT: all pixels are one row
+    of equal steps. PLANES: a channel's pixels are followed by the next one's.
+    """
+    P, fold = parts * PIXELS, folds * CHANNELS
+    x_step, y_step = P if X_PLANES else x_c, P if Y_PLANES else y_c
     columns = tl.cdiv(Cout, BLOCK_N)
-    m = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = (tl.program_id(0) // columns + 0 * padded) * BLOCK_M + tl.arange(0, BLOCK_M)  # in 64 bits if these need them
     o = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     n, t, p = frame_of(m, T, P)
-    x += (n * x_n + p * x_p)[:, None]
+    rows = x + pixel_at(m, n, t, p, x_n, x_t, x_p, X_FLAT)[:, None]
     total = wide(tl.zeros([BLOCK_M, BLOCK_N], x.dtype.element_ty))
-    if AT_OUTPUT:
-        total = group_product(total, x, x_t, x_c, weight, w_o, w_i, t, m < M, o, 0, C, T, Cout,
-                              BLOCK_K, PRECISION, WIDEN)  # fmt: skip
-        offset = tl.where(o < fold, FIRST, tl.where(o < moving, SECOND, 0))
-        target = t[:, None] + offset[None, :]
-        # What would leave the clip is written to the frame at its other end, which nothing moves to, as zero.
-        total = tl.where((target >= 0) & (target < T), total, 0)
-        target = tl.where(target < 0, target + T, tl.where(target >= T, target - T, target))
-    else:
-        total = group_product(total, x, x_t, x_c, weight, w_o, w_i, t + FIRST, m < M, o, 0, fold, T, Cout,
-                              BLOCK_K, PRECISION, WIDEN)  # fmt: skip
-        total = group_product(total, x, x_t, x_c, weight, w_o, w_i, t + SECOND, m < M, o, fold, moving, T, Cout,
-                              BLOCK_K, PRECISION, WIDEN)  # fmt: skip
-        total = group_product(total, x, x_t, x_c, weight, w_o, w_i, t, m < M, o, moving, C, T, Cout,
-                              BLOCK_K, PRECISION, WIDEN)  # fmt: skip
-        target = t[:, None]
+    for block in range(tl.cdiv(C, BLOCK_K)):
+        i = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        at = i.to(tl.int64) * x_step
+        mask = (m < M)[:, None] & (i < C)[None, :]
+        if not AT_OUTPUT:
+            offset = offset_of(i, fold, FIRST, SECOND)
+            at += offset.to(tl.int64) * x_t
+            mask = mask & ((t[:, None] + offset[None, :]).to(tl.uint32) < T)  # below zero is far above T
+        a = operand(rows + at[None, :], mask, WIDEN)
+        b = operand(weight + (o[None, :] * w_o + i[:, None] * w_i), (o < Cout)[None, :] & (i < C)[:, None], WIDEN)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     if BIAS:
         total += wide(tl.load(bias + o, mask=o < Cout, other=0))[None, :]
     if RELU:
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    y += (n * y_n + p * y_p)[:, None] + target.to(tl.int64) * y_t + o.to(tl.int64)[None, :] * y_c
-    tl.store(y, total, mask=(m < M)[:, None] & (o < Cout)[None, :])
+    to = pixel_at(m, n, t, p, y_n, y_t, y_p, Y_FLAT)[:, None] + (o.to(tl.int64) * y_step)[None, :]
+    if AT_OUTPUT:
+        target = t[:, None] + offset_of(o, fold, FIRST, SECOND)[None, :]
+        # What would leave the clip is written to the frame at its other end, which nothing moves to, as zero.
+        total = tl.where((target >= 0) & (target < T), total, 0)
+        target = tl.where(target < 0, target + T, tl.where(target >= T, target - T, target))
+        to += (target - t[:, None]).to(tl.int64) * y_t
+    tl.store(y + to, total, mask=(m < M)[:, None] & (o < Cout)[None, :])
 
 
 @triton.jit
 def weight_kernel(
-    parts, dy, dy_n, dy_t, dy_c, dy_p, x, x_n, x_t, x_c, x_p, M, T, P, C, Cout, fold, moving, per_split,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    sums, dy, dy_n, dy_t, dy_c, dy_p, x, x_n, x_t, x_c, x_p, M, padded, T, parts, C, Cout, folds, per_split,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, Y_FLAT: tl.constexpr, X_FLAT: tl.constexpr, Y_PLANES: tl.constexpr,
+    X_PLANES: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, Cout, C]: of dy^T shift(x), the sums over per_split blocks of BLOCK_K pixels."""
+    """sums [splits, Cout, C]: of dy^T shift(x), those over per_split blocks of BLOCK_K pixels."""
+    P, fold = parts * PIXELS, folds * CHANNELS
     rows, columns = tl.cdiv(Cout, BLOCK_M), tl.cdiv(C, BLOCK_N)
-    split = (tl.program_id(0) // (rows * columns)).to(tl.int64)
+    split = tl.program_id(0) // (rows * columns) + 0 * padded  # in 64 bits if pixels need them
     tile = tl.program_id(0) % (rows * columns)
     o = tile // columns * BLOCK_M + tl.arange(0, BLOCK_M)
     i = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    offset = tl.where(i < fold, FIRST, tl.where(i < moving, SECOND, 0))[None, :]
-    dy += o.to(tl.int64)[:, None] * dy_c
-    x += offset.to(tl.int64) * x_t + i.to(tl.int64)[None, :] * x_c
+    offset = offset_of(i, fold, FIRST, SECOND)[None, :]
+    dy += (o.to(tl.int64) * (P if Y_PLANES else dy_c))[:, None]
+    x += offset.to(tl.int64) * x_t + (i.to(tl.int64) * (P if X_PLANES else x_c))[None, :]
     total = wide(tl.zeros([BLOCK_M, BLOCK_N], x.dtype.element_ty))
     for block in range(per_split):
         m = (split * per_split + block) * BLOCK_K + tl.arange(0, BLOCK_K)
         n, t, p = frame_of(m, T, P)
-        at = (n * dy_n + t * dy_t + p * dy_p)[None, :]
-        a = operand(dy + at, (o < Cout)[:, None] & (m < M)[None, :], WIDEN)
-        source = t[:, None] + offset
-        mask = (m < M)[:, None] & (i < C)[None, :] & (source >= 0) & (source < T)
-        b = operand(x + (n * x_n + t * x_t + p * x_p)[:, None], mask, WIDEN)
+        a = operand(
+            dy + pixel_at(m, n, t, p, dy_n, dy_t, dy_p, Y_FLAT)[None, :], (o < Cout)[:, None] & (m < M)[None, :], WIDEN
+        )
+        mask = (m < M)[:, None] & (i < C)[None, :] & ((t[:, None] + offset).to(tl.uint32) < T)
+        b = operand(x + pixel_at(m, n, t, p, x_n, x_t, x_p, X_FLAT)[:, None], mask, WIDEN)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
-    parts += (split * Cout + o)[:, None] * C + i[None, :]
-    tl.store(parts, total, mask=(o < Cout)[:, None] & (i < C)[None, :])
+    sums += (split.to(tl.int64) * Cout + o)[:, None] * C + i[None, :]
+    tl.store(sums, total, mask=(o < Cout)[:, None] & (i < C)[None, :])
 
 
-def shape_of_blocks(rows: int, columns: int, x: Tensor, precision: str) -> dict:
-    """The tile of a product of that many rows and columns, its warps and stages: the one table to tune."""
+# Tiles by what a product must have at least: columns, depth (how many numbers are added up), rows to fill a GPU.
+# Each is BLOCK_M, BLOCK_N, bytes of BLOCK_K, num_warps, num_stages; the first that fits a GPU's shared memory is taken.
+# Columns change fastest from program to program, so that those that read the same rows run together; the weight stays
+# in the second-level cache. Predicted for an H200 with its 132 multiprocessors: `python benchmarks/tune.py` measures.
+TILES = {
+    (256, 1024, 16896): (128, 256, 128, 8, 4),
+    (65, 0, 8448): (128, 128, 128, 8, 3),
+    (33, 0, 8448): (128, 64, 128, 4, 3),
+    (17, 0, 8448): (128, 32, 128, 4, 3),
+    (0, 0, 8448): (128, 16, 128, 4, 3),
+    (0, 0, 0): (64, 64, 128, 4, 4),
+}
+# The same for the gradient to the weight, by rows and columns: Cout and C.
+WEIGHT_TILES = {
+    (65, 65): (128, 128, 128, 8, 3),
+    (33, 65): (64, 128, 128, 4, 3),
+    (0, 0): (64, 64, 128, 4, 4),
+}
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """What a program may have of it, in bytes; where there is no GPU, what it may have on an H200."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def tile_of(tiles: dict, sizes: tuple[int, ...], depth: int, x: Tensor, precision: str) -> dict:
+    """The tile of a product, its warps, and its stages: no more than there are blocks of numbers to add up."""
     size = x.element_size()
     if size == 8:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    if size == 4 and precision == "ieee":  # on the ordinary units, from registers
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
-    deep = 64 // size
-    if rows >= 128 * 66 and columns >= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": deep, "num_warps": 8, "num_stages": 4}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": deep, "num_warps": 4, "num_stages": 4}
+        tile = 32, 32, 128, 4, 2
+    elif precision == "ieee" and size == 4:  # on the ordinary units, from registers
+        tile = 64, 64, 64, 8, 3
+    else:
+        tile = next(
+            (m, n, k, warps, stages)
+            for least, (m, n, k, warps, stages) in tiles.items()
+            if all(a >= b for a, b in zip(sizes, least)) and (m + n) * k * stages <= shared_memory(x.device)
+        )
+    m, n, k, warps, stages = tile
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k // size}
+    tile |= {"num_warps": warps, "num_stages": min(stages, 1 + cdiv(depth * size, k))}
+    # Two programs of 128 by 128 at a time, one of which computes while the other begins or ends.
+    return tile | (registers(x, 128) if (m, n) == (128, 128) else {})
+
+
+def described(y: Clips, x: Clips, fold: int) -> tuple[int, int, dict]:
+    """Pixels of a frame and channels of a group as multiples of constants, for wide loads; the layouts."""
+    per_load = max(1, 16 // x.tensor.element_size())
+    pixels, channels = math.gcd(x.P, per_load), math.gcd(fold, per_load)
+    constants = {"PIXELS": pixels, "CHANNELS": channels}
+    for name, clip in (("Y", y), ("X", x)):
+        flat = clip.st == clip.P * clip.sp and clip.sn == clip.T * clip.st
+        constants[f"{name}_FLAT"] = clip.channels_last and flat
+        constants[f"{name}_PLANES"] = not clip.channels_last and clip.sc == clip.P
+    return x.P // pixels, fold // channels, constants
+
+
+def copyable(x: Clips, n_segment: int | None) -> Clips:
+    """x as its tiles can be copied asynchronously, four bytes at least: other planes are laid out anew."""
+    if x.channels_last or x.P * x.tensor.element_size() % 4 == 0:
+        return x
+    return view(x.tensor.contiguous(memory_format=format_of(x.tensor, True)), n_segment, True)
 
 
 def precision_of(x: Tensor, allow_tf32: bool) -> str:
@@ -157,29 +228,33 @@ def convolve(
 ) -> None:
     """y = W shift(x), or `back`: y = shift^T(W^T x)."""
     M, strides = x.N * x.T * x.P, weight.stride()[:2]
-    blocks = shape_of_blocks(M, y.C, x.tensor, precision)
+    blocks = tile_of(TILES, (y.C, x.C, M), x.C, x.tensor, precision)
+    parts, folds, constants = described(y, x, fold)
     first, second = offsets
-    wrap_triton(product_kernel)[(cdiv(M, blocks["BLOCK_M"]) * cdiv(y.C, blocks["BLOCK_N"]),)](
+    rows = cdiv(M, blocks["BLOCK_M"])
+    wrap_triton(product_kernel)[(rows * cdiv(y.C, blocks["BLOCK_N"]),)](
         *y.strides, *x.strides, weight, *(strides[::-1] if back else strides), weight if bias is None else bias,
-        M, x.T, x.P, x.C, y.C, fold, 2 * fold, FIRST=first, SECOND=second, AT_OUTPUT=back, BIAS=bias is not None,
-        RELU=relu, PRECISION=precision, WIDEN=INTERPRETED, **blocks,
+        M, rows * blocks["BLOCK_M"], x.T, parts, x.C, y.C, folds, FIRST=first, SECOND=second, AT_OUTPUT=back,
+        BIAS=bias is not None, RELU=relu, PRECISION=precision, WIDEN=INTERPRETED, **constants, **blocks,
     )  # fmt: skip
 
 
 def weight_gradient(dy: Clips, x: Clips, fold: int, offsets: tuple[int, int], precision: str) -> Tensor:
     """dy^T shift(x), [Cout, C]."""
     M = x.N * x.T * x.P
-    blocks = shape_of_blocks(dy.C, x.C, x.tensor, precision)
+    blocks = tile_of(WEIGHT_TILES, (dy.C, x.C), M, x.tensor, precision)
     tiles, steps = cdiv(dy.C, blocks["BLOCK_M"]) * cdiv(x.C, blocks["BLOCK_N"]), cdiv(M, blocks["BLOCK_K"])
     per_split = cdiv(steps, max(1, SPLITS // tiles))
     splits = cdiv(steps, per_split)
-    parts = x.tensor.new_empty((splits, dy.C, x.C), dtype=torch.promote_types(x.tensor.dtype, torch.float32))
+    sums = x.tensor.new_empty((splits, dy.C, x.C), dtype=torch.promote_types(x.tensor.dtype, torch.float32))
+    parts, folds, constants = described(dy, x, fold)
     first, second = offsets
     wrap_triton(weight_kernel)[(splits * tiles,)](
-        parts, *dy.strides, *x.strides, M, x.T, x.P, x.C, dy.C, fold, 2 * fold, per_split,
-        FIRST=first, SECOND=second, PRECISION=precision, WIDEN=INTERPRETED, **blocks,
+        sums, *dy.strides, *x.strides, M, splits * per_split * blocks["BLOCK_K"], x.T, parts, x.C, dy.C, folds,
+        per_split,
+        FIRST=first, SECOND=second, PRECISION=precision, WIDEN=INTERPRETED, **constants, **blocks,
     )  # fmt: skip
-    return parts.sum(0).to(x.tensor.dtype)
+    return sums.sum(0).to(x.tensor.dtype)
 
 
 @entry
@@ -198,7 +273,16 @@ def shift_conv1x1(
     if y.tensor.numel() > 0:
         bias = None if bias is None else bias.contiguous()
         precision = precision_of(x.tensor, allow_tf32)
-        convolve(y, x, weight, bias, x.C // fold_div, _offsets(mode), precision, relu=activation == "relu")
+        convolve(
+            y,
+            copyable(x, n_segment),
+            weight,
+            bias,
+            x.C // fold_div,
+            _offsets(mode),
+            precision,
+            relu=activation == "relu",
+        )
     return y.tensor
 
 
@@ -217,7 +301,7 @@ def shift_conv1x1_backward(
     dx, dweight, dbias = nothing(grad), nothing(grad), nothing(grad)
     if need_bias:
         dbias = grad.sum([d for d in range(grad.dim()) if d != 1])
-    dy = clips(grad, n_segment, channels_last=channels_last)
+    dy = copyable(clips(grad, n_segment, channels_last=channels_last), n_segment)
     offsets, precision = _offsets(mode), precision_of(grad, allow_tf32)
     if weight is not None:
         check_like(weight.flatten(1), grad, "weight", (dy.C, weight.size(1)))
@@ -234,6 +318,6 @@ def shift_conv1x1_backward(
         if grad.numel() == 0:
             dweight = grad.new_zeros(dy.C, x.size(1))
         else:
-            read = clips(x, n_segment, channels_last=channels_last)
+            read = copyable(clips(x, n_segment, channels_last=channels_last), n_segment)
             dweight = weight_gradient(dy, read, read.C // fold_div, offsets, precision)
     return dx, dweight, dbias

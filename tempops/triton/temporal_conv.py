@@ -1,8 +1,8 @@
 """temporal_conv in Triton: y[t] = sum_k w_k * gate[t+k-R] * x[t+k-R], R = K // 2.
 
 A program has some elements and walks T with the K frames of the window in registers, so that each is read once. The
-backward reads dy and x once, writes dx, and adds up q_k = sum_p x[t] * dy[t+R-k] by tile; a second kernel makes of
-these partial sums the gradients to weight and gate: dweight_k = sum_t gate[t] * q_k, dgate[t] = sum_k w_k * q_k.
+backward reads dy and x once, writes dx = gate * d with d[t] = sum_k w_k * dy[t+R-k], and adds up by tile what the
+gradients to weight and gate are sums of: dweight_k of gate[t] * x[t] * dy[t+R-k], dgate[t] of x[t] * d[t].
 """
 
 import triton
@@ -12,6 +12,7 @@ from torch import Tensor
 from ._common import (
     BLOCK,
     Clips,
+    add_up,
     cdiv,
     channel,
     clips,
@@ -22,16 +23,17 @@ from ._common import (
     offset,
     partial_sums,
     place,
+    planes,
+    registers,
     tile,
     tiles,
-    total_kernel,
     wide,
+    wide_as,
     within,
     wrap_triton,
 )
 
 FAST = (1, 3, 5)  # kernel sizes whose window stays in registers
-ROW, CLIP, FRAME = 0, 1, 2  # what a partial sum is of: what a row of programs adds up, a clip, or a frame
 
 
 @triton.jit
@@ -108,74 +110,76 @@ def read_tile(x, x_t, t, T, c, C, p, P):
     return wide(tl.load(x + tl.cast(t, tl.int64) * x_t, mask=mask, other=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def conv_backward_kernel(
-    dx, dx_n, dx_t, dx_c, dx_p, dy, dy_n, dy_t, dy_c, dy_p, x, x_n, x_t, x_c, x_p, parts, weight, gate,
-    N, T, C, P, K, first, group, per_clip, rows,
-    TAPS: tl.constexpr, SLOT: tl.constexpr, WITH_DX: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    dx, dx_n, dx_t, dx_c, dx_p, dy, dy_n, dy_t, dy_c, dy_p, x, x_n, x_t, x_c, x_p, parts, gate_parts, weight, gate,
+    N, T, C, of_plane, K, first, group, per_clip, rows,
+    TAPS: tl.constexpr, BY_CLIP: tl.constexpr, GATED: tl.constexpr, NEED_X: tl.constexpr, PLANES: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """For taps first .. first + TAPS - 1 of K: their partial sums, and dx WITH_DX, where TAPS is K."""
+    """For taps first .. first + TAPS - 1 of K: partial sums, and dx if NEED_X, where TAPS is K.
+
+    A row of programs has every `rows`-th clip. parts: [rows or clips, tiles, K, C]; gate_parts: [frames, tiles, passes
+    over the taps, C]. A plane has of_plane * UNIT pixels. PLANES: it is followed by the next one, in all tensors.
+    """
+    P = of_plane * UNIT
     start, chunk, c, p = tile(C, P, CHANNELS, PIXELS)
     chunks = tl.cdiv(P, PIXELS)
     R = K // 2
     cc, pp = c.to(tl.int64)[:, None], p.to(tl.int64)[None, :]
     inside = (c < C)[:, None] & (p < P)[None, :]
-    dx += cc * dx_c + pp * dx_p
-    dy += cc * dy_c + pp * dy_p
-    x += cc * x_c + pp * x_p
+    dx += cc * (P if PLANES else dx_c) + pp * dx_p
+    dy += cc * (P if PLANES else dy_c) + pp * dy_p
+    x += cc * (P if PLANES else x_c) + pp * x_p
     zero = wide(tl.zeros([CHANNELS, PIXELS], x.dtype.element_ty))
     q = (zero,) * TAPS
     for n in range(start, N, rows):
         taps = ()
         window = ()  # window[j] is dy of frame t + R - first - j
         for j in tl.static_range(TAPS):
-            if WITH_DX:
-                taps = taps + (wide(tl.load(weight + (n * per_clip + c // group) * K + j, mask=c < C, other=0)),)
+            if NEED_X or GATED:
+                tap = wide(tl.load(weight + (n * per_clip + c // group) * K + first + j, mask=c < C, other=0))
+                taps = taps + (tap[:, None],)
             if j > 0:
                 window = window + (read_tile(dy + n * dy_n, dy_t, R - first - j, T, c, C, p, P),)
         for t in range(T):
             window = (read_tile(dy + n * dy_n, dy_t, t + R - first, T, c, C, p, P),) + window
             here = wide(tl.load(x + n * x_n + tl.cast(t, tl.int64) * x_t, mask=inside, other=0))
-            if WITH_DX:
+            factor = wide(tl.load(gate + (n * T + t) * C + c, mask=c < C, other=0))[:, None] if GATED else 1
+            if NEED_X or GATED:
                 total = zero
                 for j in tl.static_range(TAPS):
                     s = t + R - first - j
-                    total += tl.where((s >= 0) & (s < T), taps[j][:, None] * window[j], 0)
-                if SLOT == 2:
-                    total *= wide(tl.load(gate + (n * T + t) * C + c, mask=c < C, other=0))[:, None]
-                tl.store(dx + n * dx_n + tl.cast(t, tl.int64) * dx_t, total, mask=inside)
+                    total += tl.where((s >= 0) & (s < T), taps[j] * window[j], 0)
+                if GATED:
+                    passes = K // TAPS
+                    at = (((n * T + t) * chunks + chunk) * passes + first // TAPS) * C + c
+                    tl.store(gate_parts + at, tl.sum(here * total, 1), mask=c < C)
+                if NEED_X:
+                    tl.store(dx + n * dx_n + tl.cast(t, tl.int64) * dx_t, factor * total, mask=inside)
             sums = ()
             for j in tl.static_range(TAPS):
                 s = t + R - first - j
-                product = tl.where((s >= 0) & (s < T), here * window[j], 0)
-                sums = sums + ((product if SLOT == 2 else q[j] + product),)
-            if SLOT == 2:
-                for j in tl.static_range(TAPS):
-                    at = (((n * T + t) * chunks + chunk) * K + first + j) * C + c
-                    tl.store(parts + at, tl.sum(sums[j], 1), mask=c < C)
-            else:
-                q = sums
+                sums = sums + (q[j] + tl.where((s >= 0) & (s < T), factor * here * window[j], 0),)
+            q = sums
             window = window[: TAPS - 1]
-        if SLOT == 1:
+        if BY_CLIP:
             for j in tl.static_range(TAPS):
                 tl.store(parts + ((n * chunks + chunk) * K + first + j) * C + c, tl.sum(q[j], 1), mask=c < C)
             q = (zero,) * TAPS
-    if SLOT == 0:
+    if not BY_CLIP:
         for j in tl.static_range(TAPS):
             tl.store(parts + ((start * chunks + chunk) * K + first + j) * C + c, tl.sum(q[j], 1), mask=c < C)
 
 
 @triton.jit
-def gate_kernel(dgate, parts, weight, frames, T, C, K, chunks, group, per_clip, BLOCK: tl.constexpr):
-    """dgate [frames, C]."""
+def gate_kernel(dgate, parts, C, rows, BLOCK: tl.constexpr):
+    """dgate [frames, C], each the sum of `rows` rows."""
     f, c = place(C, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
-    kernel = weight + (f // T * per_clip + c // group) * K
-    for chunk in range(chunks):
-        for k in range(K):
-            value = tl.load(parts + ((f * chunks + chunk) * K + k) * C + c, mask=c < C, other=0).to(tl.float64)
-            sums += value * tl.load(kernel + k, mask=c < C, other=0).to(tl.float64)
-    tl.store(dgate + f * C + c, sums.to(parts.dtype.element_ty), mask=c < C)
+    for row in range(rows):
+        sums += tl.load(parts + (f * rows + row) * C + c, mask=c < C, other=0).to(tl.float64)
+    tl.store(dgate + f * C + c, wide_as(sums, dgate), mask=c < C)
 
 
 def kernels_of(weight: Tensor, x: Clips) -> tuple[int, int]:
@@ -228,27 +232,27 @@ def temporal_conv_backward(
     K = weight.size(-1)
     fast = K in FAST
     if need_weight or need_gate:
-        slot = FRAME if gate is not None else CLIP if weight.dim() == 3 else ROW
-        cut, (group, per_clip) = tiles(x), kernels_of(weight, x)
+        cut, (group, per_clip), like = tiles(x), kernels_of(weight, x), x if dx is None else dx
         # Rows of programs: enough to fill a GPU, and no more sums than that.
-        rows = min(x.N, cdiv(2048, cut.blocks * cut.chunks)) if slot == ROW else x.N
-        slots = x.N * x.T if slot == FRAME else rows
-        parts = partial_sums(x, slots * cut.chunks, K, x.C)
-        for first in (0,) if fast else range(K):
+        by_clip, constants = per_clip > 0, planes(x, dy, like)
+        rows = x.N if by_clip else min(x.N, cdiv(2048, cut.blocks * cut.chunks))
+        parts = partial_sums(x, rows * cut.chunks, K, x.C)
+        passes = 1 if fast else K
+        # The compiler takes more than twice what it needs. Without wide loads and with five taps that is much.
+        limit = registers(x.tensor, 128) if K <= 3 and (x.channels_last or constants["UNIT"] > 1) else {}
+        gate_parts = partial_sums(x, 0 if gate is None else x.N * x.T * cut.chunks * passes, x.C)
+        for first in range(0, K, K // passes):
             wrap_triton(conv_backward_kernel)[(rows * cut.blocks * cut.chunks,)](
-                *(x if dx is None else dx).strides, *dy.strides, *x.strides, parts,
-                weight, weight if gate is None else gate, x.N, x.T, x.C, x.P, K, first, group, per_clip, rows,
-                TAPS=K if fast else 1, SLOT=slot, WITH_DX=fast and need_x, **cut.constants,
+                *like.strides, *dy.strides, *x.strides, parts, gate_parts, weight, weight if gate is None else gate,
+                x.N, x.T, x.C, x.P // constants["UNIT"], K, first, group, per_clip, rows,
+                TAPS=K // passes, BY_CLIP=by_clip, GATED=gate is not None, NEED_X=fast and need_x,
+                **constants, **cut.constants, **limit,
             )  # fmt: skip
         if need_weight:
-            of_kernel = slots * cut.chunks // (x.N if per_clip else 1)
-            wrap_triton(total_kernel)[(cdiv(dweight.numel(), 16),)](
-                dweight, parts, weight if gate is None else gate, dweight.numel() // K, of_kernel, cut.chunks, K, x.C,
-                group, PER_CLIP=per_clip > 0, FACTOR=gate is not None, ELEMENTS=16, TERMS=64,
-            )  # fmt: skip
+            add_up(dweight, parts, rows * cut.chunks // (x.N if by_clip else 1), x.C, K, group, by_clip)
         if need_gate:
             wrap_triton(gate_kernel)[(x.N * x.T * cdiv(x.C, 256),)](
-                dgate, parts, weight, x.N * x.T, x.T, x.C, K, cut.chunks, group, per_clip, BLOCK=256
+                dgate, gate_parts, x.C, cut.chunks * passes, BLOCK=256
             )
     if need_x and not (fast and (need_weight or need_gate)):
         convolve(dx, dy, weight, gate, True)
