@@ -6,7 +6,6 @@
 The options of pytest-benchmark work too; --benchmark-verbose brings its own table back.
 """
 
-import ctypes
 import importlib.util
 import time
 from pathlib import Path
@@ -46,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     config.option.benchmark_quiet = True
     import devices
-    from report import Contention
+    from report import Contention, keep_memory
 
     device = config.stash[devices.key] = devices.choose(config.getoption("--device"))
     if config.getoption("--minutes") is None:
@@ -54,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[start_key] = time.monotonic()
     config.stash[rows_key], config.stash[overheads_key], config.stash[network_rows_key] = {}, {}, {}
     config.stash[contention_key] = Contention()
-    _keep_memory()
+    keep_memory()
 
 
 @pytest.fixture
@@ -168,14 +167,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if path := config.getoption(option):
             write(written, path)
             terminalreporter.write_line(f"wrote {path}")
-
-
-def _keep_memory() -> None:
-    """Has glibc keep freed memory, as PyTorch's GPU allocators do: page faults would drown the large tensors."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
-    trim_threshold, mmap_max = -1, -4
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tempops
-from benchmarks.report import Contention, machine
+from benchmarks.report import Contention, keep_memory, machine
 from tempops.data import count_frames, model_input, normalize, read_frames, sample_segments
 from tempops.models import create_model
 
@@ -450,11 +450,13 @@ def arguments(argv: Iterable[str] | None = None) -> argparse.Namespace:
     except (AssertionError, ImportError, RuntimeError):
         parser.error(f"PyTorch finds no device {args.device}")
     args.tables = NAMES if not args.tables or "all" in args.tables else tuple(dict.fromkeys(args.tables))
-    tables = [table for name in args.tables for table in TABLES.get(name, ())]
-    for run in (run for table in tables for row in table.rows for run in row.runs) if args.frames else ():
+    runs = [(t, run) for name in args.tables for t in TABLES.get(name, ()) for row in t.rows for run in row.runs]
+    for table, run in runs if args.frames else ():
         try:
             with torch.device("meta"):
-                run.make(frames_of(run, args))
+                model = run.make(frames_of(run, args))
+            if table.loading:
+                model_input(model, VIDEO, size=8)
         except ValueError as error:
             parser.error(f"--frames {args.frames} does not suit {run.model}: {error}")
     return args
@@ -474,6 +476,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         batch=args.batch or (None if on_gpu else 1),
         frames=args.frames,
     )
+    keep_memory()
     contention = Contention()
     results: list[tuple[Table, list[Line]]] = []
     total = sum(len(table.rows) for name in args.tables for table in TABLES.get(name, ()))
