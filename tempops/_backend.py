@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import _C
 
@@ -151,14 +150,13 @@ def backend(name: str) -> Iterator[None]:
         _choice.name = before
 
 
-def namespace(x: Tensor, op: str) -> str | None:
-    """The torch.ops namespace that runs an op on x; None for eager.
+def namespace(device: str, op: str) -> str | None:
+    """The torch.ops namespace that runs an op on tensors of a type of device; None for eager.
 
     Raises:
-        RuntimeError: the chosen back end does not take tensors of x's device, or has no such op.
+        RuntimeError: the chosen back end does not take tensors of the device, or has no such op.
     """
     chosen = _choice.name
-    device = x.device.type
     if chosen is None:
         if device == "cuda":
             return _on_cuda(op)

@@ -38,6 +38,8 @@ class TDN(ResNet):
         **backbone,
     ) -> None:
         super().__init__(num_classes, n_segment, **backbone)
+        if self.in_channels != 3:
+            raise ValueError(f"frames can not be chosen: S-TDM takes 5 a segment, got {self.in_channels // 3}")
         if tuple(short_stages) != STAGES[: len(short_stages)]:
             raise ValueError(f"short_stages must be the first of {STAGES}, got {tuple(short_stages)}")
         if not set(long_stages) <= set(STAGES[1:]):

@@ -49,8 +49,9 @@ def check_shape(name: str, x: Tensor, *allowed: Sequence[int]) -> None:
 
 def check_int(name: str, value: object, least: int | None = None) -> None:
     """Raises unless `value` is an integer, not below `least` where that is given."""
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if type(value) is not int:  # the others take longer to recognise
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     if not isinstance(value, torch.SymInt) and not -(2**63) <= value < 2**63:
@@ -66,17 +67,18 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 def check_clips(x: object, n_segment: object, *, name: str = "x", least_frames: int = 1) -> Shape:
     """Checks a tensor of clips (SPEC section 1) and returns its sizes."""
     check_tensor(name, x)
-    if x.dim() not in (4, 5):
-        raise ValueError(f"{name} must be [N*T, C, H, W] or [N, C, T, H, W], got {x.dim()}-D {list(x.shape)}")
-    if x.dim() == 5:
+    shape = x.shape
+    if len(shape) not in (4, 5):
+        raise ValueError(f"{name} must be [N*T, C, H, W] or [N, C, T, H, W], got {len(shape)}-D {list(shape)}")
+    if len(shape) == 5:
         if n_segment is not None:
             raise ValueError(f"n_segment must be None for a 5-D {name} [N, C, T, H, W], got {n_segment}")
-        n, c, t, h, w = x.shape
+        n, c, t, h, w = shape
     else:
         if n_segment is None:
             raise ValueError(f"n_segment is required for a 4-D {name} [N*T, C, H, W]")
         check_int("n_segment", n_segment, least=1)
-        frames, c, h, w = x.shape
+        frames, c, h, w = shape
         if frames % n_segment != 0:
             raise ValueError(f"n_segment={n_segment} does not divide {frames} frames")
         n, t = frames // n_segment, n_segment
@@ -177,12 +179,12 @@ class Op:
             dtype = torch.get_autocast_dtype(device) if self.autocast == "compute" else getattr(x, "dtype", None)
             x, *args = (_cast(a, dtype) for a in (x, *args))
             with torch.autocast(device, enabled=False):
-                return self._run(x, *args)
-        return self._run(x, *args)
+                return self._run(device, x, *args)
+        return self._run(device, x, *args)
 
-    def _run(self, x: Tensor, *args):
+    def _run(self, device: str, x: Tensor, *args):
         self.check(x, *args)
-        namespace = None if is_transformed() else _backend.namespace(x, self.name)
+        namespace = None if is_transformed() else _backend.namespace(device, self.name)
         if namespace is None:
             return self.reference(x, *args)
         entry = getattr(getattr(torch.ops, namespace), self.name).default

@@ -59,7 +59,7 @@ def temporal_shift_(x: Tensor, n_segment: int | None = None, fold_div: int = 8, 
     earlier op keeps for its backward. `x` must not overlap itself (an expanded tensor). Returns `x`.
     """
     _check_inplace(x, n_segment, fold_div, mode)
-    namespace = None if is_transformed() else _backend.namespace(x, "temporal_shift_")
+    namespace = None if is_transformed() else _backend.namespace(x.device.type, "temporal_shift_")
     if namespace is None:
         return _reference_inplace(x, n_segment, fold_div, mode)
     if torch.compiler.is_compiling():  # a compiler has no in-place: this is what it makes of one
