@@ -3,9 +3,10 @@
 import pytest
 import torch
 from cases import CASES
-from inputs import layouts, make
+from inputs import INTERPRETED, layouts, make
 
 import tempops
+from tempops import _backend
 from tempops.ops._contract import Shape
 
 X = torch.randn(8, 16, 6, 6)
@@ -31,7 +32,7 @@ devices = pytest.mark.parametrize("device", ("cpu", "meta"))
 
 def fails(error, message, call):
     """`call` raises on the CPU, through the fake path's checks, and on every back end alike."""
-    for backend in ("cpu", "eager"):
+    for backend in ("cpu", "eager", "triton") if INTERPRETED else ("cpu", "eager"):
         with tempops.backend(backend), pytest.raises(error, match=message):
             call()
 
@@ -139,17 +140,26 @@ DIRECT = {
     "one frame": lambda ops: ops.cosine_gate(X, 1),
     "cosine gradient": lambda ops: ops.cosine_gate_backward(X[:, :4], X, 4, 1e-8),
     "difference": lambda ops: ops.bidirectional_difference(X, DW[:3], 4),
+    "difference gradient": lambda ops: ops.bidirectional_difference_backward(X, X[:4], X, DW, 4, False, True, True),
+    "gather": lambda ops: ops.motion_enhance_gather(X[:4], X, 4, 3),
+    "similarity": lambda ops: ops.temporal_cosine_similarity(X, 1, 1e-8),
+    "similarity gradient": lambda ops: ops.temporal_cosine_similarity_backward(X, X, 4, 1e-8),
     "attention": lambda ops: ops.motion_attention(X, X[:4], X),
+    "attention gradient": lambda ops: ops.motion_attention_backward(X[:4], X, X, X, False, True, True, True),
     "frames": lambda ops: ops.frame_difference(X, 5),
+    "frames gradient": lambda ops: ops.frame_difference_backward(X, 5, 2, 9, 12),
     "gate widths": lambda ops: ops.channel_motion_gate(P, P[:2], P[:3], P[:2].t(), 4),
     "conv1x1": lambda ops: ops.shift_conv1x1(X, CONV[:, :8], None, 4),
+    "conv1x1 gradient": lambda ops: ops.shift_conv1x1_backward(X, X[:4], CONV, 4, 8, "causal", False, False, False),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("space", ("tempops", "tempops_triton") if INTERPRETED else ("tempops",))
 @pytest.mark.parametrize("name", DIRECT)
-def test_direct_calls_raise_runtime_errors(name):
+def test_direct_calls_raise_runtime_errors(name, space):
+    assert space == "tempops" or _backend.why_not("triton") is None  # which defines the namespace
     with pytest.raises(RuntimeError):
-        DIRECT[name](torch.ops.tempops)
+        DIRECT[name](getattr(torch.ops, space))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

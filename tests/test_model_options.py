@@ -22,6 +22,7 @@ SMALL = {"layers": (1, 1, 1, 1), "width": 8}
         ("tsn", {"width": 8.0}, TypeError, "width must be an int, got float"),
         ("tsn", {"frames": 0}, ValueError, "frames must be at least 1, got 0"),
         ("tsn", {"frames": -1}, ValueError, "frames must be at least 1, got -1"),
+        ("tdn", {"frames": 3}, ValueError, "frames can not be chosen: S-TDM takes 5 a segment, got 3"),
         *(
             (name, {"reduction": reduction}, ValueError, f"reduction must be at least 1, got {reduction}")
             for name in ("teinet", "tdrl", "cmr")

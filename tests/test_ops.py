@@ -1,5 +1,6 @@
 """Every property over every case, back end, dtype and layout."""
 
+import dataclasses
 import gc
 import itertools
 import os
@@ -11,7 +12,7 @@ import torch
 from cases import CASES, Case, why_not
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inputs import BASE, COMPILED, DTYPES, NATIVE, SHAPES, as_tuple, fits, layouts, make
+from inputs import BASE, COMPILED, DTYPES, INTERPRETED, NATIVE, SHAPES, as_tuple, fits, layouts, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tempops
@@ -19,7 +20,12 @@ from tempops.ops._contract import Shape
 
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 compiled = pytest.mark.parametrize("backend", COMPILED)
+FRAMES = next(case for case in CASES if case.op == "frame_difference")
 SMALL = Shape(2, 3, 4, 3, 4)
+# Triton's interpreter is slow, so what checks entries rather than values has one case an op there, and one clip;
+# test_double_backward_is_that_of_eager has them all.
+entries = pytest.mark.parametrize("case", [case for case in CASES if case.benchmark or not INTERPRETED], ids=str)
+TINY = SMALL._replace(N=1) if INTERPRETED else SMALL
 
 
 def run(case: Case, backend: str, x, n_segment, *others, grads=None):
@@ -88,6 +94,15 @@ def test_shapes(case, backend, shape):
         assert_as_good_as_eager(case, backend, make(case, shape, layout, dtype))
 
 
+@compiled
+@pytest.mark.parametrize("pool", (1, 3, 5))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_pools(backend, pool, layout):
+    """Windows that do not cut the plane evenly, and those that threads share."""
+    case = dataclasses.replace(FRAMES, call=lambda x, t: tempops.frame_difference(x, 5, pool))
+    assert_as_good_as_eager(case, backend, make(case, Shape(1, 2, 15, 17, 16), layout, torch.float32))
+
+
 @cases
 @compiled
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -101,12 +116,13 @@ def test_any_shape(case, backend, data):
     assert_as_good_as_eager(case, backend, make(case, shape, layout, dtype))
 
 
-@cases
+@entries
 @pytest.mark.parametrize("backend", ("eager", *COMPILED))
 def test_derivatives(case, backend):
     """First and second derivatives against finite differences, with random output gradients."""
-    for layout in [name for name in layouts(case) if name in ("contiguous", "channels_last", "five", "slice")]:
-        x, n_segment, *others = make(case, SMALL, layout)
+    names = [name for name in layouts(case) if name in ("contiguous", "channels_last", "five", "slice")]
+    for layout in names[1:2] if INTERPRETED else names:
+        x, n_segment, *others = make(case, TINY, layout)
         fast = backend != "cpu" or layout != "contiguous"
         with tempops.backend(backend):
 
@@ -169,12 +185,12 @@ def detached(args):
     return tuple(a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, torch.Tensor) else a for a in args)
 
 
-@cases
+@entries
 @compiled
-@pytest.mark.parametrize("shape", (SMALL, SMALL._replace(N=0), Shape(1, 3, 8, 1, 1)), ids=str)
+@pytest.mark.parametrize("shape", (TINY, SMALL._replace(N=0), Shape(1, 3, 8, 1, 1)), ids=str)
 def test_opcheck(case, backend, shape):
     """Schema, fake tensors (shapes and strides) and autograd of every entry that a case reaches, in every layout."""
-    for layout in layouts(case):
+    for layout in layouts(case)[: 3 if INTERPRETED else None]:
         if shape.N == 0 and "slice" in layout:
             continue  # PyTorch's checks cannot clone an empty tensor with gaps
         seen = set()
@@ -184,7 +200,7 @@ def test_opcheck(case, backend, shape):
                 tests = ("test_faketensor", "test_autograd_registration")
                 if shape.N:  # PyTorch's own schema check cannot clone an empty tensor that is not contiguous
                     tests += ("test_schema",)
-                if layout in ("contiguous", "channels_last") and shape is SMALL:
+                if layout in ("contiguous", "channels_last") and shape is TINY:
                     tests += ("test_aot_dispatch_dynamic",)
                 torch.library.opcheck(func, detached(args), test_utils=tests)
 
@@ -436,11 +452,14 @@ def test_meta_and_fake(case):
 
 @compiled
 def test_memory_is_flat(backend):
-    """1,000 forward and backward passes of every op leave the process as large as 100 did, and the GPU's memory too."""
+    """1,000 forward and backward passes of every op leave the process as large as 100 did, and the GPU's memory too.
+
+    In Triton's interpreter five, of which no tensor is left.
+    """
     inputs = [(case, make(case, SMALL, layouts(case)[0], torch.float32)) for case in CASES if case.benchmark]
     inputs = [(case, i) for case, i in inputs if why_not(backend, case.op, i[0].device.type) is None]
 
-    def passes(count: int) -> tuple[int, int]:
+    def passes(count: int) -> tuple[int, int, int]:
         for _ in range(count):
             for case, (x, n_segment, *others) in inputs:
                 with tempops.backend(backend):
@@ -449,13 +468,15 @@ def test_memory_is_flat(backend):
         gc.collect()
         with open("/proc/self/statm") as statm:
             process = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-        return process, torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        return process, torch.cuda.memory_allocated() if torch.cuda.is_available() else 0, tensors
 
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("needs /proc to know the size of the process")
-    before, before_on_gpu = passes(100)
-    after, after_on_gpu = passes(900)
-    assert inputs and after - before < 4 << 20 and after_on_gpu == before_on_gpu
+    before, *others_before = passes(1 if INTERPRETED else 100)
+    after, *others_after = passes(4 if INTERPRETED else 900)
+    assert inputs and after - before < 4 << 20
+    assert all(a <= b for a, b in zip(others_after, others_before))  # less where earlier tests' garbage went
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="other processors have the baseline alone")

@@ -49,6 +49,7 @@ def test_tables(main, tmp_path, capsys):
         (["gte1", "--device", "banana"], "PyTorch finds no device banana"),
         (["gte1", "--device", "meta"], "PyTorch finds no device meta"),
         (["gte1", "cmr3", "--frames", "1"], "--frames 1 does not suit cmr: n_segment must be at least 2, got 1"),
+        (["tdn6", "--frames", "400"], "400 segments of 1 need at least 400 frames, got 132"),
     ],
 )
 def test_wrong_calls(main, capsys, arguments, message):
