@@ -43,6 +43,7 @@ LEAST = {
     "mix_backward_kernel": (0, 0),
     "conv_backward_kernel": (16, 0),  # without dx, it writes sums only
     "cosine_kernel": (16, 0),  # the similarity is one number a pixel
+    "difference_kernel": (0, 0),  # planar windows of three columns: what neighbours read does not lie side by side
     "gradient_kernel": (0, 16),  # neighbours read the same window's gradient
     "enhance_3_kernel fp32": (8, 8),  # in channels_last, a thread has two channels of four pixels
     "enhance_3_kernel bf16": (4, 4),
