@@ -27,7 +27,7 @@ SHAPES = (
     Shape(1, 1, 13, 5, 6),  # one frame
     Shape(1, 5, 3, 14, 15),  # fewer channels than fold_div
     Shape(3, 2, 24, 1, 1),  # one pixel
-    Shape(1, 3, 20, 37, 41),  # planes past one tile, nothing a multiple of anything
+    Shape(1, 3, 10, 37, 41),  # planes past one tile, nothing a multiple of anything
     Shape(1, 2, 1100, 2, 3),  # more channels than one tile
     Shape(1, 2, 24, 6, 6),  # planes of whole 8-byte accesses, not of 16 bytes in 16-bit dtypes
     Shape(1, 3, 192, 16, 9),  # whole 16-byte accesses everywhere, several tiles

@@ -40,6 +40,7 @@ def test_planted_faults_are_found(tmp_path, sanitizer):
         "none": "",
         "no first barrier": "data race" if sanitizer == "thread" else "",
         "no second barrier": "data race" if sanitizer == "thread" else "",
+        "shuffle for a barrier": "data race" if sanitizer == "thread" else "",
         "off by one": "heap-buffer-overflow" if sanitizer == "address" else "",
         "misaligned": "misaligned address" if sanitizer == "address" else "",
         "no wait": "wrong result" if sanitizer == "address" else "",
@@ -56,7 +57,7 @@ def test_kernels_pass_the_tests_of_the_ops(tmp_path):
     library = build(tmp_path)
     names = " or ".join(path.parent.name for path in CSRC.glob("*/cuda.cu"))
     command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", str(HERE / "test_ops.py")]
-    select = f"({names} or temporal_cosine) and test_shapes and not (1100 or 37)"  # many tiles take long
+    select = f"({names} or temporal_cosine) and test_shapes and not (1100 and relu)"  # many tiles take long
     environment = os.environ | {"TEMPOPS_CUDA_SIM": str(library)}
     run = subprocess.run([*command, "-k", select], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]

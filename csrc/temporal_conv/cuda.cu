@@ -267,12 +267,16 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
       __syncthreads();
-      for (int o = thread / kWarp; o < M * tile.lines; o += kThreads / kWarp) {
-        const int j = o / tile.lines, line = o - j * tile.lines;
+      int team = 1;  // threads that add up a line
+      while (team < count && team < kWarp) team *= 2;
+      for (int start = 0; start < M * tile.lines; start += kThreads / team) {
+        const int o = start + thread / team, j = o / tile.lines, line = o - j * tile.lines;
         acc sum = 0;
-        for (int i = thread % kWarp; i < count; i += kWarp) sum += shared[j * each * kThreads + line * count + i];
-        for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-        if (thread % kWarp == 0 && block * tile.lines + line < tile.C) target(j, block * tile.lines + line) = sum;
+        for (int i = thread % team; i < count && j < M; i += team)
+          sum += shared[j * each * kThreads + line * count + i];
+        for (int mask = team / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+        if (thread % team == 0 && j < M && block * tile.lines + line < tile.C)
+          target(j, block * tile.lines + line) = sum;
       }
     }
     __syncthreads();

@@ -4,6 +4,8 @@
 #include <cuda_pipeline_primitives.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -13,10 +15,10 @@
 #include <memory>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef CUDA_SIM_ADDRESS
 #include <sanitizer/common_interface_defs.h>
 #endif
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -47,52 +49,74 @@ struct Copy {
   }
 };
 
+// Where a fiber goes on. swapcontext asks the system for signal masks, which takes most of the time here.
+using Place = void* [5];
+
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  Place place;
+  bool begun = false;
   std::deque<Copy> copies;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool done = true;
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
   void* tsan = __tsan_create_fiber(0);
 #endif
 };
 
-ucontext_t scheduler;
+Place scheduler;
 std::vector<Fiber> fibers;
 std::vector<Barrier> warps;
 std::vector<uint64_t> exchanged[2];  // by thread; two, so that one shuffle may begin before all have read the last
-std::vector<void*> passed;           // by thread, likewise in `together`
+std::vector<void*> passed;           // by thread, in `together`
 Barrier block;
 char* dynamic;  // of this launch's size, so that AddressSanitizer knows where it ends
 const std::function<void()>* running;
 int current;
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
 void* scheduler_tsan;
 #endif
+#ifdef CUDA_SIM_ADDRESS
+const void* scheduler_stack;
+size_t scheduler_size;
+#endif
 
-void switch_to(ucontext_t& from, ucontext_t& to, const char* stack, [[maybe_unused]] bool ends = false) {
-#ifdef __SANITIZE_ADDRESS__
-  static const void* scheduler_stack;
-  static size_t scheduler_size;
+[[gnu::noinline]] void leave(Place& here, Fiber* fiber) {
+  if (__builtin_setjmp(here)) return;
+  if (!fiber) __builtin_longjmp(scheduler, 1);
+  if (fiber->begun) __builtin_longjmp(fiber->place, 1);
+  fiber->begun = true;
+  setcontext(&fiber->context);
+}
+
+// From the scheduler to a fiber, or from a fiber, which may end there, to the scheduler.
+void enter(Fiber& fiber) {
+#ifdef CUDA_SIM_THREAD
+  __tsan_switch_to_fiber(fiber.tsan, 1);
+#endif
+#ifdef CUDA_SIM_ADDRESS
   void* fake = nullptr;
-  if (stack)
-    __sanitizer_start_switch_fiber(&fake, stack, kStack);
-  else
-    __sanitizer_start_switch_fiber(ends ? nullptr : &fake, scheduler_stack, scheduler_size);
-  swapcontext(&from, &to);
-  __sanitizer_finish_switch_fiber(fake, stack ? nullptr : &scheduler_stack, stack ? nullptr : &scheduler_size);
-#else
-  (void)stack;
-  swapcontext(&from, &to);
+  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
+#endif
+  leave(scheduler, &fiber);
+#ifdef CUDA_SIM_ADDRESS
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
 }
 
-void yield() {
+void yield([[maybe_unused]] bool ends = false) {
   const int self = current;
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
   __tsan_switch_to_fiber(scheduler_tsan, 1);
 #endif
-  switch_to(fibers[self].context, scheduler, nullptr);
+#ifdef CUDA_SIM_ADDRESS
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(ends ? nullptr : &fake, scheduler_stack, scheduler_size);
+#endif
+  leave(fibers[self].place, nullptr);
+#ifdef CUDA_SIM_ADDRESS
+  __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_size);
+#endif
 }
 
 void release(Barrier& barrier) {
@@ -101,36 +125,40 @@ void release(Barrier& barrier) {
   ++barrier.generation;
 }
 
-// The last one to come calls `last`, on behalf of all.
-template <class F>
-void wait(Barrier& barrier, const F& last) {
+void meet(Barrier& barrier) {
   const uint64_t generation = barrier.generation;
-#ifdef CUDA_SIM_TSAN
-  __tsan_release(&barrier.met[generation % 2]);
-#endif
-  if (++barrier.arrived == barrier.members) {
-#ifdef CUDA_SIM_TSAN
-    __tsan_acquire(&barrier.met[generation % 2]);
-#endif
-    last();
-#ifdef CUDA_SIM_TSAN
-    __tsan_release(&barrier.met[generation % 2]);
-#endif
-  }
+  ++barrier.arrived;
   release(barrier);
   while (barrier.generation == generation) yield();
-#ifdef CUDA_SIM_TSAN
-  __tsan_acquire(&barrier.met[generation % 2]);
+}
+
+// As meet; moreover what anyone wrote before is seen by all after it.
+void wait(Barrier& barrier) {
+#ifdef CUDA_SIM_THREAD
+  char* const met = &barrier.met[barrier.generation % 2];
+  __tsan_release(met);
+  meet(barrier);
+  __tsan_acquire(met);
+#else
+  meet(barrier);
 #endif
 }
 
-void wait(Barrier& barrier) {
-  wait(barrier, [] {});
+// Calls f once for a warp, with what its lanes passed.
+template <class Lane, class F>
+void together(Lane& mine, const F& f) {
+  Barrier& warp = warps[current / kWarp];
+  passed[current] = &mine;
+  if (warp.arrived + 1 == warp.members) {
+    void* const* const lanes = &passed[current / kWarp * kWarp];
+    f([&](int i) -> Lane& { return *static_cast<Lane*>(lanes[i]); });
+  }
+  meet(warp);
 }
 
 void thread_main() {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#ifdef CUDA_SIM_ADDRESS
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
   const int self = current;
   (*running)();
@@ -139,11 +167,10 @@ void thread_main() {
     --barrier->members;
     release(*barrier);
   }
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
   __tsan_release(&fibers);
-  __tsan_switch_to_fiber(scheduler_tsan, 1);
 #endif
-  switch_to(fibers[self].context, scheduler, nullptr, true);
+  yield(true);
 }
 
 void run_block(int threads) {
@@ -152,7 +179,7 @@ void run_block(int threads) {
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     ++warps[i / kWarp].members;
-    fiber.done = false;
+    fiber.done = fiber.begun = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -165,10 +192,7 @@ void run_block(int threads) {
       if (fibers[current].done) continue;
       any = true;
       threadIdx = dim3(current);
-#ifdef CUDA_SIM_TSAN
-      __tsan_switch_to_fiber(fibers[current].tsan, 1);
-#endif
-      switch_to(scheduler, fibers[current].context, fibers[current].stack.get());
+      enter(fibers[current]);
     }
   }
 }
@@ -184,15 +208,58 @@ uint64_t exchange(uint64_t bits, int from) {
   std::vector<uint64_t>& slots = exchanged[warp.generation % 2];
   slots[current] = bits;
   const int self = current;
-  wait(warp);
+  meet(warp);  // orders no other memory
   return slots[self / kWarp * kWarp + from];
 }
 
-void together(void* mine, void (*f)(void* const* lanes)) {
-  passed[current] = mine;
-  void* const* const lanes = &passed[current / kWarp * kWarp];
-  wait(warps[current / kWarp], [&] { f(lanes); });
+void distribute(uint32_t (&to)[4], const uint16_t (&row)[8], bool transposed) {
+  struct Lane {
+    uint32_t (&to)[4];
+    const uint16_t (&row)[8];
+  } mine{to, row};
+  together(mine, [&](const auto& lane) {
+    for (int m = 0; m < 4; ++m)
+      for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < 8; ++j) {
+          uint32_t& word = lane(4 * i + j / 2).to[m];
+          const int from = transposed ? j : i, at = transposed ? i : j;
+          const uint32_t element = lane(8 * m + from).row[at];
+          word = j % 2 ? word | element << 16 : element;
+        }
+  });
 }
+
+template <class scalar>
+void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Lane {
+    float (&sum)[4];
+    const uint32_t (&a)[4];
+    uint32_t b[2];
+  } mine{sum, a, {b0, b1}};
+  together(mine, [](const auto& lane) {
+    constexpr int of_word = 4 / sizeof(scalar), half = 4 * of_word;
+    float left[16][2 * half], right[8][2 * half];
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 2 * half; ++k) {
+        const Lane& from = lane(i % 8 * 4 + k % half / of_word);
+        scalar element[of_word];
+        std::memcpy(element, &from.a[k / half * 2 + i / 8], 4);
+        left[i][k] = static_cast<float>(element[k % of_word]);
+        if (i >= 8) continue;
+        std::memcpy(element, &from.b[k / half], 4);
+        right[i][k] = static_cast<float>(element[k % of_word]);
+      }
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 8; ++j) {
+        float total = 0;
+        for (int k = 0; k < 2 * half; ++k) total += left[i][k] * right[j][k];
+        lane(i % 8 * 4 + j / 2).sum[i / 8 * 2 + j % 2] += total;
+      }
+  });
+}
+template void multiply<float>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+template void multiply<torch::headeronly::Half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+template void multiply<torch::headeronly::BFloat16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
 
 void check_aligned(const void* address, size_t size, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % size == 0) return;
@@ -216,20 +283,20 @@ void run(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void
   running = &kernel;
   gridDim = grid;
   blockDim = threads;
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
   scheduler_tsan = __tsan_get_current_fiber();
 #endif
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y);
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
       for (unsigned i = 0; i < threads.x; ++i) {
         __tsan_switch_to_fiber(fibers[i].tsan, 0);  // what came before the launch is ordered before it
         __tsan_switch_to_fiber(scheduler_tsan, 1);
       }
 #endif
       run_block(threads.x);
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
       __tsan_acquire(&fibers);  // a block ends before the next one has the same shared memory
 #endif
     }
@@ -250,7 +317,7 @@ void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zer
   cuda_sim::check_aligned(to, size, "an asynchronous copy");
   if (zeros < size) cuda_sim::check_aligned(from, size, "an asynchronous copy");
   const cuda_sim::Copy copy{to, from, size, zeros};
-#ifdef CUDA_SIM_TSAN
+#ifdef CUDA_SIM_THREAD
   copy.arrive();
 #else
   cuda_sim::fibers[cuda_sim::current].copies.push_back(copy);

@@ -4,8 +4,9 @@
 // The threads of a block are fibers of one thread: each runs until it waits or ends, then the next one does. Where all
 // that a barrier or a shuffle waits for have come, they go on. AddressSanitizer sees a bad index, UBSan a misaligned
 // access; ThreadSanitizer takes fibers for threads and barriers for the only order among them, so that it sees a
-// missing __syncthreads. What this cannot show: warps in lockstep, caches, the order of blocks (they run one after the
-// other, so races between blocks pass), registers, occupancy, speed, and how tensor cores round.
+// missing __syncthreads; shuffles order nothing. What this cannot show: warps in lockstep, caches, the order of blocks
+// (they run one after the other, so races between blocks pass), registers, occupancy, speed, and how tensor cores
+// round.
 #pragma once
 
 #include <cstddef>
@@ -43,8 +44,6 @@ char* dynamic_memory();
 uint64_t exchange(uint64_t bits, int from);
 // Ends the program where `address` is no multiple of `size`.
 void check_aligned(const void* address, size_t size, const char* what);
-// Calls f once for a warp, with what each lane passed.
-void together(void* mine, void (*f)(void* const* lanes));
 int lane();
 
 template <class T>
@@ -57,57 +56,19 @@ T shuffle(T value, int from) {
   return value;
 }
 
-// Tensor cores. ldmatrix.x4: lane 8*m + j has the address of row j of matrix m, lane 4*i + j gets the j-th word of row
-// i of each, or of column i with `transposed`.
+// Tensor cores. ldmatrix.x4: lane 8*m + j has row j of matrix m, lane 4*i + j gets the j-th word of row i of each, or
+// of column i with `transposed`.
+void distribute(uint32_t (&to)[4], const uint16_t (&row)[8], bool transposed);
 inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
   check_aligned(row, 16, "a row of ldmatrix");
-  struct Lane {
-    uint32_t* to;
-    const void* row;
-    bool transposed;
-  } mine{to, row, transposed};
-  together(&mine, [](void* const* lanes) {
-    const auto lane = [&](int i) { return static_cast<Lane*>(lanes[i]); };
-    for (int m = 0; m < 4; ++m)
-      for (int i = 0; i < 8; ++i)
-        for (int j = 0; j < 8; ++j) {
-          uint32_t& word = lane(4 * i + j / 2)->to[m];
-          const int from = lane(0)->transposed ? j : i, at = lane(0)->transposed ? i : j;
-          const uint32_t element = static_cast<const uint16_t*>(lane(8 * m + from)->row)[at];
-          word = j % 2 ? word | element << 16 : element;
-        }
-  });
+  uint16_t elements[8];
+  __builtin_memcpy(elements, row, sizeof elements);
+  distribute(to, elements, transposed);
 }
 
 // mma.m16n8k16, with float m16n8k8, in float32: the products are added up, and then to the sum. tf32 is not rounded.
 template <class scalar>
-void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Lane {
-    float* sum;
-    uint32_t a[4], b[2];
-  } mine{sum, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-  together(&mine, [](void* const* lanes) {
-    constexpr int of_word = 4 / sizeof(scalar), half = 4 * of_word;
-    const auto lane = [&](int i) { return static_cast<Lane*>(lanes[i]); };
-    float left[16][2 * half], right[8][2 * half];
-    for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < 2 * half; ++k) {
-        const Lane* const from = lane(i % 8 * 4 + k % half / of_word);
-        scalar element[of_word];
-        __builtin_memcpy(element, &from->a[k / half * 2 + i / 8], 4);
-        left[i][k] = static_cast<float>(element[k % of_word]);
-        if (i >= 8) continue;
-        __builtin_memcpy(element, &from->b[k / half], 4);
-        right[i][k] = static_cast<float>(element[k % of_word]);
-      }
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 8; ++j) {
-        float total = 0;
-        for (int k = 0; k < 2 * half; ++k) total += left[i][k] * right[j][k];
-        lane(i % 8 * 4 + j / 2)->sum[i / 8 * 2 + j % 2] += total;
-      }
-  });
-}
+void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 }  // namespace cuda_sim
 
 template <class T>
