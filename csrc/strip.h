@@ -14,15 +14,16 @@ inline int64_t blocks_of(int64_t n, int64_t size) {
 // How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
 struct Strips {
   // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
-  static constexpr int64_t kPlanar = 1024, kChannelsLast = 16384, kLeastChannels = 64;
+  static constexpr int64_t kPlanar = 1024, kChannelsLast = 16384, kLeastChannels = 256;
 
   int64_t channels, rows, channel_blocks, strips;
 
   explicit Strips(const Clip& x) {
     if (x.channels_last) {
-      // Whole planes of some channels, or, where these are too large for that, rows of many channels.
+      // Whole planes of some channels, or, where these are too large for that, rows of all channels but very many:
+      // short pieces of many pixels would be in as many pages.
       const int64_t whole = kChannelsLast / x.P / kLanes * kLanes;
-      channels = std::min(x.C, whole >= kLeastChannels ? whole : std::max(kLeastChannels, kChannelsLast / x.W));
+      channels = std::min(x.C, whole >= kLeastChannels ? whole : std::max(kLeastChannels, 4 * kChannelsLast / x.W));
       rows = std::max<int64_t>(4, kChannelsLast / (x.W * channels));
     } else {
       channels = std::clamp<int64_t>(kPlanar / x.P, 1, x.C);

@@ -82,21 +82,68 @@ struct ProductPlanar {
   }
 };
 
-// out = the 3x3 products of n adjacent pixels; `corner` is the element above and left of the first.
-template <int64_t n, class acc>
-TEMPOPS_INLINE inline void products(acc* __restrict out, const acc* __restrict corner, int64_t row, int64_t pitch,
-                                    const acc* __restrict w, int64_t C, int64_t channels) {
+// Calls put(q, c, product) with the 3x3 products of n adjacent pixels q; around(k, d) is where row k - 1, pixel d - 1
+// around the first of them is.
+template <int64_t n, class acc, class Around, class Put>
+TEMPOPS_INLINE inline void products(const Around around, const acc* __restrict w, int64_t C, int64_t channels,
+                                    const Put put) {
   _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) {
     acc sum[n] = {};
     for (int64_t k = 0; k < 3; ++k) {
       const acc w0 = w[3 * k * C + c], w1 = w[(3 * k + 1) * C + c], w2 = w[(3 * k + 2) * C + c];
       acc v[n + 2];
-      for (int64_t d = 0; d < n + 2; ++d) v[d] = corner[k * row + d * pitch + c];
+      for (int64_t d = 0; d < n + 2; ++d) v[d] = around(k, d)[c];
       for (int64_t q = 0; q < n; ++q) sum[q] += w0 * v[q] + w1 * v[q + 1] + w2 * v[q + 2];
     }
-    for (int64_t q = 0; q < n; ++q) out[q * pitch + c] = sum[q];
+    for (int64_t q = 0; q < n; ++q) put(q, c, sum[q]);
   }
 }
+
+// The neighbours of a pixel of a strip.
+template <class acc>
+struct AroundInStrip {
+  const acc* corner;
+  int64_t row, pitch;
+
+  TEMPOPS_INLINE AroundInStrip(Strip<acc>& strip, const StripBlock& b, int64_t i, int64_t j)
+      : corner(strip.at(b, i - 1) + (j - 1) * strip.pitch), row(strip.row), pitch(strip.pitch) {}
+  TEMPOPS_INLINE const acc* operator()(int64_t k, int64_t d) const {
+    return corner + k * row + d * pitch;
+  }
+};
+
+// The neighbours of n pixels of a frame, which may be outside of it.
+template <int64_t n, class acc>
+struct AroundInFrame {
+  const acc* at[3][n + 2];
+
+  TEMPOPS_INLINE AroundInFrame(const Clip& x, const acc* frame, const acc* zeros, int64_t i, int64_t j) {
+    for (int64_t k = 0; k < 3; ++k) {
+      for (int64_t d = 0; d < n + 2; ++d) {
+        const int64_t row = i + k - 1, column = j + d - 1;
+        const bool inside = row >= 0 && row < x.H && column >= 0 && column < x.W;
+        at[k][d] = inside ? frame + (row * x.W + column) * x.sp : zeros;
+      }
+    }
+  }
+  TEMPOPS_INLINE const acc* operator()(int64_t k, int64_t d) const {
+    return at[k][d];
+  }
+};
+
+// A row of products, `pitch` from a pixel to the next.
+template <class acc>
+struct Kept {
+  acc* row;
+  int64_t pitch;
+
+  TEMPOPS_INLINE Kept at(int64_t j) const {
+    return {row + j * pitch, pitch};
+  }
+  TEMPOPS_INLINE void operator()(int64_t q, int64_t c, acc product) const {
+    row[q * pitch + c] = product;
+  }
+};
 
 // sums[tap] += the products of n adjacent pixels of s with what the tap reads of x.
 template <int64_t n, class acc>
@@ -179,16 +226,70 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
   });
 }
 
+// What is written from the products of frame t: pixel q and channel c of frame t - 1 of `forward` and of frame t + 1 of
+// `backward`, both from a pixel on. At a clip's ends one of the two.
+template <class scalar>
+struct Written {
+  scalar *forward, *backward;
+  const scalar *past, *future;  // frames t - 1 and t + 1 of x
+  int64_t forward_step, backward_step, x_step;
+  acc_t<scalar> sign;
+
+  TEMPOPS_INLINE Written at(int64_t p) const {
+    return {forward + p * forward_step,
+            backward + p * backward_step,
+            past + p * x_step,
+            future + p * x_step,
+            forward_step,
+            backward_step,
+            x_step,
+            sign};
+  }
+};
+template <class scalar, bool to_past, bool to_future>
+struct Put {
+  Written<scalar> to;
+
+  TEMPOPS_INLINE Put at(int64_t p) const {
+    return {to.at(p)};
+  }
+  TEMPOPS_INLINE void operator()(int64_t q, int64_t c, acc_t<scalar> product) const {
+    if constexpr (to_past)
+      to.forward[q * to.forward_step + c] = store<scalar>(to.sign * (load(to.past[q * to.x_step + c]) - product));
+    if constexpr (to_future)
+      to.backward[q * to.backward_step + c] = store<scalar>(to.sign * (load(to.future[q * to.x_step + c]) - product));
+  }
+};
+
+template <class F>
+TEMPOPS_INLINE inline void with_ends(bool first, bool last, const F& f) {
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (first)
+    f(no, yes);
+  else if (last)
+    f(yes, no);
+  else
+    f(yes, yes);
+}
+
+// Rows of float32 and float64 are read where they are, narrower ones from a strip.
 template <class scalar>
 void difference_channels_last(const Clip& forward, const Clip& backward, const Clip& x, const Tensor& weight,
                               acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
+  constexpr bool in_place = std::is_same_v<scalar, acc>;
+  // Pixels that begin in pages of their own are as many streams, which the processor foresees. Shorter ones are written
+  // one after the other, from a row of products, and are fetched before where the tensor is too large for the caches.
+  constexpr int64_t kPage = 4096, kFar = 1 << 24;
   const Strips strips(x);
+  const bool at_once = in_place && x.sp * static_cast<int64_t>(sizeof(scalar)) >= kPage;
+  const bool far = x.N * x.T * x.C * x.P * static_cast<int64_t>(sizeof(scalar)) > kFar;
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     Strip<acc> strip(x, strips, 0);
-    Scratch<acc> products_of_row(x.W * strips.channels);
+    Scratch<acc> zeros(strips.channels), row(at_once ? 0 : x.W * strips.channels);
     for (int64_t item = first; item < last; ++item) {
       const StripBlock b(x, strips, item % strips.units(x), item / strips.units(x));
       fill_zero(frames_forward(b.n, x.T - 1), forward, b);
@@ -196,47 +297,54 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
         const scalar* frame = frames_x(b.n, t) + b.c;
         const auto fill = [&](int64_t i) TEMPOPS_INLINE {
-          strip.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
-            return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+          if constexpr (!in_place)
+            strip.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+              return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+            });
+        };
+        const auto put_products = [&](int64_t i, const auto& put) TEMPOPS_INLINE {
+          together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+            const acc* w = taps.data() + b.c;
+            if constexpr (in_place)
+              products<n()>(AroundInFrame<n(), acc>(x, frame, zeros.data(), i, j), w, x.C, b.channels, put.at(j));
+            else
+              products<n()>(AroundInStrip<acc>(strip, b, i, j), w, x.C, b.channels, put.at(j));
           });
         };
-        // Where there is no such frame, any that can be read will do.
+        // Where there is no such frame, any address will do.
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
-        fill(b.begin - 1);
-        fill(b.begin);
-        for (int64_t i = b.begin; i < b.end; ++i) {
-          fill(i + 1);
-          const acc* corner = strip.at(b, i - 1) - strip.pitch;
-          acc* out = products_of_row.data();
-          together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-            products<n()>(out + j * strip.pitch, corner + j * strip.pitch, strip.row, strip.pitch, taps.data() + b.c,
-                          x.C, b.channels);
-          });
-          for (int64_t j = 0; j < x.W; ++j) {
-            const int64_t p = i * x.W + j;
-            const acc* __restrict product = out + j * strip.pitch;
-            const scalar* __restrict x_past = frames_x(b.n, past) + p * x.sp + b.c;
-            const scalar* __restrict x_future = frames_x(b.n, future) + p * x.sp + b.c;
-            scalar* __restrict y_past = frames_forward(b.n, past) + p * forward.sp + b.c;
-            scalar* __restrict y_future = frames_backward(b.n, future) + p * backward.sp + b.c;
-            const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
-              __builtin_prefetch(x_future + c + x.st);
-              __builtin_prefetch(y_past + c + forward.st, 1);
-              __builtin_prefetch(y_future + c + backward.st, 1);
-            };
-            if (past < t && future > t) {
-              each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
-                y_past[c] = store<scalar>(sign * (load(x_past[c]) - product[c]));
-                y_future[c] = store<scalar>(sign * (load(x_future[c]) - product[c]));
-              });
-            } else {
-              scalar* __restrict dst = past < t ? y_past : y_future;
-              const scalar* __restrict src = past < t ? x_past : x_future;
+        const Written<scalar> written{frames_forward(b.n, past) + b.c,
+                                      frames_backward(b.n, future) + b.c,
+                                      frames_x(b.n, past) + b.c,
+                                      frames_x(b.n, future) + b.c,
+                                      forward.sp,
+                                      backward.sp,
+                                      x.sp,
+                                      sign};
+        with_ends(past == t, future == t, [&](auto to_past, auto to_future) TEMPOPS_INLINE {
+          fill(b.begin - 1);
+          fill(b.begin);
+          for (int64_t i = b.begin; i < b.end; ++i) {
+            fill(i + 1);
+            if (at_once) {
+              put_products(i, Put<scalar, to_past(), to_future()>{written.at(i * x.W)});
+              continue;
+            }
+            put_products(i, Kept<acc>{row.data(), strip.pitch});
+            for (int64_t j = 0; j < x.W; ++j) {
+              const Written<scalar> to = written.at(i * x.W + j);
+              const acc* __restrict product = row.data() + j * strip.pitch;
+              const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
+                if (!far) return;
+                __builtin_prefetch(to.future + c + x.st);
+                __builtin_prefetch(to.forward + c + forward.st, 1);
+                __builtin_prefetch(to.backward + c + backward.st, 1);
+              };
               each(b.channels, fetch,
-                   [&](int64_t c) TEMPOPS_INLINE { dst[c] = store<scalar>(sign * (load(src[c]) - product[c])); });
+                   [&](int64_t c) TEMPOPS_INLINE { Put<scalar, to_past(), to_future()>{to}(0, c, product[c]); });
             }
           }
-        }
+        });
       }
     }
   });
@@ -413,7 +521,7 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
            [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     Strip<acc> strip(x, strips, 0), strip_x(x, strips, 0);
     const int64_t pitch = strip.pitch;
-    Scratch<acc> sums(kTaps * pitch), products_of_row(x.W * pitch);
+    Scratch<acc> sums(kTaps * pitch), row(x.W * pitch);
     for (int64_t item = first; item < last; ++item) {
       const int64_t group = item % groups, channel_block = item / groups;
       for (int64_t unit = units * group / groups; unit < units * (group + 1) / groups; ++unit) {
@@ -451,15 +559,14 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
               });
             }
             if (!dx) continue;
-            const acc* corner = strip.at(b, i - 1) - pitch;
-            acc* out = products_of_row.data();
             together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-              products<n()>(out + j * pitch, corner + j * pitch, strip.row, pitch, taps.data() + b.c, x.C, b.channels);
+              const Kept<acc> kept{row.data() + j * pitch, pitch};
+              products<n()>(AroundInStrip<acc>(strip, b, i, j), taps.data() + b.c, x.C, b.channels, kept);
             });
             with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
               for (int64_t j = 0; j < x.W; ++j) {
                 const int64_t p = i * x.W + j;
-                const acc* __restrict product = out + j * pitch;
+                const acc* __restrict product = row.data() + j * pitch;
                 scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
                 const auto here = value.at(p * forward.sp, p * backward.sp);
                 each(b.channels,
