@@ -11,6 +11,17 @@ inline int64_t blocks_of(int64_t n, int64_t size) {
   return (n + size - 1) / size;
 }
 
+// Whether each pixel of a channels_last clip begins in a page of its own. Pixels read or written side by side are then
+// as many streams, which the processor foresees.
+inline bool has_page_pixels(const Clip& x) {
+  return x.channels_last && x.sp * static_cast<int64_t>(x.tensor.element_size()) >= 4096;
+}
+
+// Whether a clip is so large that what is read or written next has to be fetched beforehand.
+inline bool is_far(const Clip& x) {
+  return x.N * x.T * x.C * x.P * static_cast<int64_t>(x.tensor.element_size()) > (1 << 24);
+}
+
 // How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
 struct Strips {
   // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
@@ -79,6 +90,52 @@ struct Strip {
       element* __restrict dst = to;
       each(b.channels, [&](int64_t c) TEMPOPS_INLINE { dst[c] = of_pixel(c); });
     }
+  }
+};
+
+// The neighbours of a pixel of a strip.
+template <class acc>
+struct AroundInStrip {
+  const acc* corner;
+  int64_t row, pitch;
+
+  TEMPOPS_INLINE AroundInStrip(Strip<acc>& strip, const StripBlock& b, int64_t i, int64_t j)
+      : corner(strip.at(b, i - 1) + (j - 1) * strip.pitch), row(strip.row), pitch(strip.pitch) {}
+  TEMPOPS_INLINE const acc* operator()(int64_t k, int64_t d) const {
+    return corner + k * row + d * pitch;
+  }
+};
+
+// The neighbours of n pixels of a frame; `outside` is read for those that are not in it.
+template <int64_t n, class acc>
+struct AroundInFrame {
+  const acc* at[3][n + 2];
+
+  TEMPOPS_INLINE AroundInFrame(const Clip& x, const acc* frame, const acc* outside, int64_t i, int64_t j) {
+    for (int64_t k = 0; k < 3; ++k) {
+      for (int64_t d = 0; d < n + 2; ++d) {
+        const int64_t row = i + k - 1, column = j + d - 1;
+        const bool inside = row >= 0 && row < x.H && column >= 0 && column < x.W;
+        at[k][d] = inside ? frame + (row * x.W + column) * x.sp : outside;
+      }
+    }
+  }
+  TEMPOPS_INLINE const acc* operator()(int64_t k, int64_t d) const {
+    return at[k][d];
+  }
+};
+
+// Keeps what is made of a row, `pitch` elements from a pixel to the next.
+template <class acc>
+struct Kept {
+  acc* row;
+  int64_t pitch;
+
+  TEMPOPS_INLINE Kept at(int64_t j) const {
+    return {row + j * pitch, pitch};
+  }
+  TEMPOPS_INLINE void operator()(int64_t q, int64_t c, acc value) const {
+    row[q * pitch + c] = value;
   }
 };
 

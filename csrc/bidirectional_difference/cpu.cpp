@@ -99,52 +99,6 @@ TEMPOPS_INLINE inline void products(const Around around, const acc* __restrict w
   }
 }
 
-// The neighbours of a pixel of a strip.
-template <class acc>
-struct AroundInStrip {
-  const acc* corner;
-  int64_t row, pitch;
-
-  TEMPOPS_INLINE AroundInStrip(Strip<acc>& strip, const StripBlock& b, int64_t i, int64_t j)
-      : corner(strip.at(b, i - 1) + (j - 1) * strip.pitch), row(strip.row), pitch(strip.pitch) {}
-  TEMPOPS_INLINE const acc* operator()(int64_t k, int64_t d) const {
-    return corner + k * row + d * pitch;
-  }
-};
-
-// The neighbours of n pixels of a frame, which may be outside of it.
-template <int64_t n, class acc>
-struct AroundInFrame {
-  const acc* at[3][n + 2];
-
-  TEMPOPS_INLINE AroundInFrame(const Clip& x, const acc* frame, const acc* zeros, int64_t i, int64_t j) {
-    for (int64_t k = 0; k < 3; ++k) {
-      for (int64_t d = 0; d < n + 2; ++d) {
-        const int64_t row = i + k - 1, column = j + d - 1;
-        const bool inside = row >= 0 && row < x.H && column >= 0 && column < x.W;
-        at[k][d] = inside ? frame + (row * x.W + column) * x.sp : zeros;
-      }
-    }
-  }
-  TEMPOPS_INLINE const acc* operator()(int64_t k, int64_t d) const {
-    return at[k][d];
-  }
-};
-
-// A row of products, `pitch` from a pixel to the next.
-template <class acc>
-struct Kept {
-  acc* row;
-  int64_t pitch;
-
-  TEMPOPS_INLINE Kept at(int64_t j) const {
-    return {row + j * pitch, pitch};
-  }
-  TEMPOPS_INLINE void operator()(int64_t q, int64_t c, acc product) const {
-    row[q * pitch + c] = product;
-  }
-};
-
 // sums[tap] += the products of n adjacent pixels of s with what the tap reads of x.
 template <int64_t n, class acc>
 TEMPOPS_INLINE inline void correlate(acc* __restrict sums, const acc* __restrict s, const acc* __restrict corner,
@@ -279,12 +233,8 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
                               acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
   constexpr bool in_place = std::is_same_v<scalar, acc>;
-  // Pixels that begin in pages of their own are as many streams, which the processor foresees. Shorter ones are written
-  // one after the other, from a row of products, and are fetched before where the tensor is too large for the caches.
-  constexpr int64_t kPage = 4096, kFar = 1 << 24;
   const Strips strips(x);
-  const bool at_once = in_place && x.sp * static_cast<int64_t>(sizeof(scalar)) >= kPage;
-  const bool far = x.N * x.T * x.C * x.P * static_cast<int64_t>(sizeof(scalar)) > kFar;
+  const bool at_once = in_place && has_page_pixels(x), far = is_far(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {

@@ -340,39 +340,115 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
   });
 }
 
-// best = the maxima of the 3x3 windows of n adjacent pixels; `corner` is the element above and left of the first.
-template <int64_t n, class word>
-TEMPOPS_INLINE inline void square_maxima(word* __restrict best, const word* __restrict corner, int64_t row,
-                                         int64_t pitch, int64_t channels) {
+// Calls put(q, c, maximum) with the maxima of the 3x3 windows of n adjacent pixels q; around(k, d) is where row k - 1,
+// pixel d - 1 around the first of them is. Elements are keys, or values without NaN.
+template <int64_t n, class element, class Around, class Put>
+TEMPOPS_INLINE inline void square_maxima(const Around around, int64_t channels, const Put put) {
   _Pragma("omp simd") for (int64_t c = 0; c < channels; ++c) {
-    word column[n + 2];
+    element column[n + 2];
     for (int64_t d = 0; d < n + 2; ++d) {
-      const word above = corner[d * pitch + c], here = corner[row + d * pitch + c],
-                 below = corner[2 * row + d * pitch + c], most = above > here ? above : here;
+      const element above = around(0, d)[c], here = around(1, d)[c], below = around(2, d)[c];
+      const element most = above > here ? above : here;
       column[d] = most > below ? most : below;
     }
     for (int64_t q = 0; q < n; ++q) {
-      const word most = column[q] > column[q + 1] ? column[q] : column[q + 1];
-      best[q * pitch + c] = most > column[q + 2] ? most : column[q + 2];
+      const element most = column[q] > column[q + 1] ? column[q] : column[q + 1];
+      put(q, c, most > column[q + 2] ? most : column[q + 2]);
     }
   }
 }
 
+template <class acc>
+TEMPOPS_INLINE inline bool has_nan(const acc* from, int64_t count) {
+  using word = std::make_unsigned_t<word_t<acc>>;
+  constexpr word infinity = 2 * std::bit_cast<word>(std::numeric_limits<acc>::infinity());
+  word largest = 0;
+  _Pragma("omp simd reduction(max : largest)") for (int64_t i = 0; i < count; ++i) {
+    const word magnitude = 2 * std::bit_cast<word>(from[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest > infinity;
+}
+
+// The same of all that a block reads of a frame.
+template <class acc>
+TEMPOPS_INLINE inline bool has_nan(const acc* frame, const Clip& x, const StripBlock& b) {
+  const int64_t first = std::max<int64_t>(0, b.begin - 1) * x.W, last = std::min(x.H, b.end + 1) * x.W;
+  if (b.channels == x.sp) return has_nan(frame + first * x.sp, (last - first) * x.sp);
+  bool found = false;
+  for (int64_t p = first; p < last; ++p) found |= has_nan(frame + p * x.sp, b.channels);
+  return found;
+}
+
+// What is written of the maxima, or their keys, of pixels q from one on: R = maximum - the past frame.
+template <class scalar>
+struct Enhanced {
+  scalar* y;
+  const scalar* past;
+  int64_t y_step, x_step;
+
+  TEMPOPS_INLINE Enhanced at(int64_t p) const {
+    return {y + p * y_step, past + p * x_step, y_step, x_step};
+  }
+  TEMPOPS_INLINE void operator()(int64_t q, int64_t c, acc_t<scalar> maximum) const {
+    y[q * y_step + c] = store<scalar>(maximum - load(past[q * x_step + c]));
+  }
+  TEMPOPS_INLINE void operator()(int64_t q, int64_t c, word_t<acc_t<scalar>> key) const {
+    (*this)(q, c, from_key<acc_t<scalar>>(key));
+  }
+};
+
 // The most used case, 3x3 in channels_last: without the passes, whose buffers would be as large as many channels.
+// Frames of float32 and float64 are read where they are, unless there is a NaN.
 template <class scalar>
 void enhance_channels_last(const Clip& y, const Clip& x) {
   using acc = acc_t<scalar>;
   using word = word_t<acc>;
+  constexpr bool in_place = std::is_same_v<scalar, acc>;
   const Strips strips(x);
+  const bool page_pixels = has_page_pixels(x), far = is_far(x);
   const Frames<scalar> frames_x(x), frames_y(y);
-  parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
+  parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     Strip<word> keys(x, strips, kOutside<word>);
-    Scratch<word> best(x.W * keys.pitch);
+    Scratch<word> best_keys(x.W * keys.pitch);
+    Scratch<acc> best(x.W * keys.pitch), outside(strips.channels, -std::numeric_limits<acc>::infinity());
     for (int64_t item = first; item < last; ++item) {
       const StripBlock b(x, strips, item % strips.units(x), item / strips.units(x));
       for (int64_t t = 1; t < x.T; ++t) {
-        const scalar *frame = frames_x(b.n, t) + b.c, *past = frames_x(b.n, t - 1) + b.c;
-        scalar* out = frames_y(b.n, t - 1) + b.c;
+        const scalar* frame = frames_x(b.n, t) + b.c;
+        const Enhanced<scalar> enhanced{frames_y(b.n, t - 1) + b.c, frames_x(b.n, t - 1) + b.c, y.sp, x.sp};
+        // Writes row i, whose maxima lie in `row`.
+        const auto write = [&](int64_t i, const auto* row) TEMPOPS_INLINE {
+          for (int64_t j = 0; j < x.W; ++j) {
+            const Enhanced<scalar> to = enhanced.at(i * x.W + j);
+            const auto* __restrict maximum = row + j * keys.pitch;
+            const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
+              if (!far) return;
+              __builtin_prefetch(to.past + c + 2 * x.st);
+              __builtin_prefetch(to.y + c + y.st, 1);
+            };
+            each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE { to(0, c, maximum[c]); });
+          }
+        };
+        if constexpr (in_place) {
+          if (!has_nan(frame, x, b)) {
+            for (int64_t i = b.begin; i < b.end; ++i) {
+              const auto put_maxima = [&](const auto& put) TEMPOPS_INLINE {
+                together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+                  const AroundInFrame<n(), acc> around(x, frame, outside.data(), i, j);
+                  square_maxima<n(), acc>(around, b.channels, put.at(j));
+                });
+              };
+              if (page_pixels) {
+                put_maxima(enhanced.at(i * x.W));
+              } else {
+                put_maxima(Kept<acc>{best.data(), keys.pitch});
+                write(i, best.data());
+              }
+            }
+            continue;
+          }
+        }
         const auto fill = [&](int64_t i) TEMPOPS_INLINE {
           keys.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
             return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return to_key(load(from[c])); };
@@ -382,22 +458,11 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
         fill(b.begin);
         for (int64_t i = b.begin; i < b.end; ++i) {
           fill(i + 1);
-          const word* corner = keys.at(b, i - 1) - keys.pitch;
           together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-            square_maxima<n()>(best.data() + j * keys.pitch, corner + j * keys.pitch, keys.row, keys.pitch, b.channels);
+            const Kept<word> kept{best_keys.data() + j * keys.pitch, keys.pitch};
+            square_maxima<n(), word>(AroundInStrip<word>(keys, b, i, j), b.channels, kept);
           });
-          for (int64_t j = 0; j < x.W; ++j) {
-            const int64_t p = i * x.W + j;
-            const word* __restrict maximum = best.data() + j * keys.pitch;
-            const scalar* __restrict src = past + p * x.sp;
-            scalar* __restrict dst = out + p * y.sp;
-            const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
-              __builtin_prefetch(src + c + 2 * x.st);
-              __builtin_prefetch(dst + c + y.st, 1);
-            };
-            each(b.channels, fetch,
-                 [&](int64_t c) TEMPOPS_INLINE { dst[c] = store<scalar>(from_key<acc>(maximum[c]) - load(src[c])); });
-          }
+          write(i, best_keys.data());
         }
       }
     }
