@@ -42,12 +42,15 @@ TEMPOPS_INLINE inline void prefetch(const scalar* data, int64_t count) {
 
 // Adjacent pixels of a planar frame.
 struct PlanarBlock {
-  static constexpr int64_t kBytes = 196608, kChannels = 8, kAhead = 4;
-  static constexpr int64_t kLeast = 128;  // shorter rows cost more than a block that leaves the second-level cache
-  int64_t C, first, pixels, following;    // following: those of the frame's next block, at most as many
+  static constexpr int64_t kBytes = 196608, kChannels = 16, kAhead = 4;
+  static constexpr int64_t kWhole = 1 << 20;  // a frame up to this size is one run of memory, read without pieces
+  static constexpr int64_t kLeast = 128;      // shorter rows cost more than a block that leaves the second-level cache
+  int64_t C, first, pixels, following;        // following: those of the frame's next block, at most as many
 
   static int64_t count(const Clip& x) {
-    const int64_t fit = std::clamp<int64_t>(kBytes / (x.C * x.tensor.element_size()), kLeast, kSlots);
+    const int64_t channels = x.C * x.tensor.element_size();
+    if (x.P <= kSlots && x.P * channels <= kWhole) return 1;
+    const int64_t fit = std::clamp<int64_t>(kBytes / channels, kLeast, kSlots);
     return (x.P + fit - 1) / fit;
   }
   TEMPOPS_INLINE PlanarBlock(const Clip& x, int64_t blocks, int64_t index)
@@ -87,6 +90,7 @@ struct PlanarBlock {
     };
     int64_t c = 0;
     for (; c + kChannels <= C; c += kChannels) channels(c, std::make_integer_sequence<int64_t, kChannels>());
+    for (; c + 4 <= C; c += 4) channels(c, std::make_integer_sequence<int64_t, 4>());
     for (; c < C; ++c) channels(c, std::make_integer_sequence<int64_t, 1>());
   }
 
