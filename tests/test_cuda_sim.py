@@ -41,6 +41,7 @@ def test_planted_faults_are_found(tmp_path, sanitizer):
         "no first barrier": "data race" if sanitizer == "thread" else "",
         "no second barrier": "data race" if sanitizer == "thread" else "",
         "shuffle for a barrier": "data race" if sanitizer == "thread" else "",
+        "part of a warp": "without all its threads",
         "off by one": "heap-buffer-overflow" if sanitizer == "address" else "",
         "misaligned": "misaligned address" if sanitizer == "address" else "",
         "no wait": "wrong result" if sanitizer == "address" else "",

@@ -32,7 +32,7 @@ constexpr int kWarp = 32;
 
 // A group of threads that wait for one another.
 struct Barrier {
-  int members = 0, arrived = 0;
+  int members = 0, arrived = 0, ended = 0;
   uint64_t generation = 0;
   char met[2] = {};  // for ThreadSanitizer, by turns: a thread may come here again before another one has left
 };
@@ -132,6 +132,20 @@ void meet(Barrier& barrier) {
   while (barrier.generation == generation) yield();
 }
 
+// A GPU does not say what happens then.
+void expect_whole(bool whole) {
+  if (whole) return;
+  std::fputs("a shuffle or barrier of a warp without all its threads\n", stderr);
+  std::abort();
+}
+
+// The threads of a warp wait for all of it.
+Barrier& own_warp() {
+  Barrier& warp = warps[current / kWarp];
+  expect_whole(warp.ended == 0);
+  return warp;
+}
+
 // As meet; moreover what anyone wrote before is seen by all after it.
 void wait(Barrier& barrier) {
 #ifdef CUDA_SIM_THREAD
@@ -147,7 +161,7 @@ void wait(Barrier& barrier) {
 // Calls f once for a warp, with what its lanes passed.
 template <class Lane, class F>
 void together(Lane& mine, const F& f) {
-  Barrier& warp = warps[current / kWarp];
+  Barrier& warp = own_warp();
   passed[current] = &mine;
   if (warp.arrived + 1 == warp.members) {
     void* const* const lanes = &passed[current / kWarp * kWarp];
@@ -163,8 +177,10 @@ void thread_main() {
   const int self = current;
   (*running)();
   fibers[self].done = true;
+  expect_whole(warps[self / kWarp].arrived == 0);
   for (Barrier* barrier : {&block, &warps[self / kWarp]}) {
     --barrier->members;
+    ++barrier->ended;
     release(*barrier);
   }
 #ifdef CUDA_SIM_THREAD
@@ -204,7 +220,7 @@ int lane() {
 }
 
 uint64_t exchange(uint64_t bits, int from) {
-  Barrier& warp = warps[current / kWarp];
+  Barrier& warp = own_warp();
   std::vector<uint64_t>& slots = exchanged[warp.generation % 2];
   slots[current] = bits;
   const int self = current;
@@ -310,7 +326,7 @@ void __syncthreads() {
   cuda_sim::wait(cuda_sim::block);
 }
 void __syncwarp() {
-  cuda_sim::wait(cuda_sim::warps[cuda_sim::current / cuda_sim::kWarp]);
+  cuda_sim::wait(cuda_sim::own_warp());
 }
 
 void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros) {

@@ -4,9 +4,9 @@
 // The threads of a block are fibers of one thread: each runs until it waits or ends, then the next one does. Where all
 // that a barrier or a shuffle waits for have come, they go on. AddressSanitizer sees a bad index, UBSan a misaligned
 // access; ThreadSanitizer takes fibers for threads and barriers for the only order among them, so that it sees a
-// missing __syncthreads; shuffles order nothing. What this cannot show: warps in lockstep, caches, the order of blocks
-// (they run one after the other, so races between blocks pass), registers, occupancy, speed, and how tensor cores
-// round.
+// missing __syncthreads; shuffles order nothing, and need the whole warp. What this cannot show: warps in lockstep,
+// caches, the order of blocks (they run one after the other, so races between blocks pass), registers, occupancy,
+// speed, and how tensor cores round.
 #pragma once
 
 #include <cstddef>

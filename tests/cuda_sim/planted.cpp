@@ -32,10 +32,11 @@ __global__ void copy(float* out, const float* in, bool wait, int index_off_by) {
   for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = mine[i];
 }
 
-// Each thread passes its neighbour a number through shared memory.
-__global__ void pass(float* out, bool barrier) {
+// Each thread passes its neighbour a number through shared memory. The threads from `end` on are gone before.
+__global__ void pass(float* out, bool barrier, unsigned end) {
   __shared__ float shared[kThreads];
   shared[threadIdx.x] = 1;
+  if (threadIdx.x >= end) return;
   if (barrier) __syncwarp();
   __shfl_xor_sync(0xffffffffu, 0, 1);  // no barrier
   out[threadIdx.x] = shared[threadIdx.x ^ 1];
@@ -59,7 +60,8 @@ int main(int, char** argv) {
   cudaLaunchKernelEx(&config, copy, copied.data(), static_cast<const float*>(source.data()), !asked("no wait"),
                      static_cast<int>(asked("misaligned copy")));
   std::vector<float> passed(kThreads);
-  cudaLaunchKernelEx(&config, pass, passed.data(), !asked("shuffle for a barrier"));
+  cudaLaunchKernelEx(&config, pass, passed.data(), !asked("shuffle for a barrier"),
+                     asked("part of a warp") ? kThreads - 1u : kThreads);
   for (float value : copied) {
     if (value == 1) continue;
     std::fputs("wrong result\n", stderr);
