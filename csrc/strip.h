@@ -25,24 +25,33 @@ inline bool is_far(const Clip& x) {
 // How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
 struct Strips {
   // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.
-  static constexpr int64_t kPlanar = 1024, kChannelsLast = 16384, kLeastChannels = 256;
+  static constexpr int64_t kPlanar = 1024, kChannelsLast = 16384, kLeastChannels = 64;
 
   int64_t channels, rows, channel_blocks, strips;
 
+  // Whole planes of some channels, or, where these are too large for that, rows of many channels.
   explicit Strips(const Clip& x) {
     if (x.channels_last) {
-      // Whole planes of some channels, or, where these are too large for that, rows of all channels but very many:
-      // short pieces of many pixels would be in as many pages.
       const int64_t whole = kChannelsLast / x.P / kLanes * kLanes;
-      channels = std::min(x.C, whole >= kLeastChannels ? whole : std::max(kLeastChannels, 4 * kChannelsLast / x.W));
-      rows = std::max<int64_t>(4, kChannelsLast / (x.W * channels));
+      cut(x, whole >= kLeastChannels ? whole : std::max(kLeastChannels, kChannelsLast / x.W));
     } else {
       channels = std::clamp<int64_t>(kPlanar / x.P, 1, x.C);
       rows = std::max<int64_t>(4, 4 * kPlanar / x.W);
+      count(x);
     }
-    rows = blocks_of(x.H, blocks_of(x.H, std::min(rows, x.H)));
-    channel_blocks = blocks_of(x.C, channels);
-    strips = blocks_of(x.H, rows);
+  }
+
+  // channels_last, where frames are read in place and nothing is added up over a block: pieces of many channels, as
+  // short ones of many pixels would be in as many pages; but a block for each thread.
+  static Strips of_long_pixels(const Clip& x) {
+    constexpr int64_t kLong = 256;
+    Strips strips(x);
+    const int64_t whole = kChannelsLast / x.P / kLanes * kLanes;
+    strips.cut(x, whole >= kLong ? whole : std::max(kLong, 4 * kChannelsLast / x.W));
+    const int64_t threads = torch::stable::get_num_threads();
+    while (strips.units(x) * strips.channel_blocks < threads && strips.channels >= 2 * kLeastChannels)
+      strips.cut(x, blocks_of(strips.channels / 2, kLanes) * kLanes);
+    return strips;
   }
 
   int64_t units(const Clip& x) const {
@@ -50,6 +59,19 @@ struct Strips {
   }
   int64_t work(const Clip& x) const {
     return x.T * channels * rows * x.W;
+  }
+
+ private:
+  // channels_last: blocks of at most so many channels, of as many rows as fit.
+  void cut(const Clip& x, int64_t most) {
+    channels = std::min(x.C, most);
+    rows = std::max<int64_t>(4, kChannelsLast / (x.W * channels));
+    count(x);
+  }
+  void count(const Clip& x) {
+    rows = blocks_of(x.H, blocks_of(x.H, std::min(rows, x.H)));
+    channel_blocks = blocks_of(x.C, channels);
+    strips = blocks_of(x.H, rows);
   }
 };
 

@@ -233,13 +233,15 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
                               acc_t<scalar> sign) {
   using acc = acc_t<scalar>;
   constexpr bool in_place = std::is_same_v<scalar, acc>;
-  const Strips strips(x);
+  const Strips strips = Strips::of_long_pixels(x);
   const bool at_once = in_place && has_page_pixels(x), far = is_far(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Strip<acc> strip(x, strips, 0);
-    Scratch<acc> zeros(strips.channels), row(at_once ? 0 : x.W * strips.channels);
+    std::optional<Strip<acc>> strip;
+    if (!in_place) strip.emplace(x, strips, acc(0));
+    const int64_t pitch = strips.channels;
+    Scratch<acc> zeros(pitch), row(at_once ? 0 : x.W * pitch);
     for (int64_t item = first; item < last; ++item) {
       const StripBlock b(x, strips, item % strips.units(x), item / strips.units(x));
       fill_zero(frames_forward(b.n, x.T - 1), forward, b);
@@ -248,7 +250,7 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
         const scalar* frame = frames_x(b.n, t) + b.c;
         const auto fill = [&](int64_t i) TEMPOPS_INLINE {
           if constexpr (!in_place)
-            strip.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+            strip->fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
               return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
             });
         };
@@ -258,7 +260,7 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
             if constexpr (in_place)
               products<n()>(AroundInFrame<n(), acc>(x, frame, zeros.data(), i, j), w, x.C, b.channels, put.at(j));
             else
-              products<n()>(AroundInStrip<acc>(strip, b, i, j), w, x.C, b.channels, put.at(j));
+              products<n()>(AroundInStrip<acc>(*strip, b, i, j), w, x.C, b.channels, put.at(j));
           });
         };
         // Where there is no such frame, any address will do.
@@ -280,10 +282,10 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
               put_products(i, Put<scalar, to_past(), to_future()>{written.at(i * x.W)});
               continue;
             }
-            put_products(i, Kept<acc>{row.data(), strip.pitch});
+            put_products(i, Kept<acc>{row.data(), pitch});
             for (int64_t j = 0; j < x.W; ++j) {
               const Written<scalar> to = written.at(i * x.W + j);
-              const acc* __restrict product = row.data() + j * strip.pitch;
+              const acc* __restrict product = row.data() + j * pitch;
               const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
                 if (!far) return;
                 __builtin_prefetch(to.future + c + x.st);

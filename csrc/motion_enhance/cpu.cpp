@@ -405,13 +405,15 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
   using acc = acc_t<scalar>;
   using word = word_t<acc>;
   constexpr bool in_place = std::is_same_v<scalar, acc>;
-  const Strips strips(x);
+  const Strips strips = Strips::of_long_pixels(x);
   const bool page_pixels = has_page_pixels(x), far = is_far(x);
   const Frames<scalar> frames_x(x), frames_y(y);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-    Strip<word> keys(x, strips, kOutside<word>);
-    Scratch<word> best_keys(x.W * keys.pitch);
-    Scratch<acc> best(x.W * keys.pitch), outside(strips.channels, -std::numeric_limits<acc>::infinity());
+    const int64_t pitch = strips.channels;
+    std::optional<Strip<word>> keys;  // made where they are needed
+    Scratch<word> best_keys;
+    Scratch<acc> best(in_place && !page_pixels ? x.W * pitch : 0);
+    const Scratch<acc> outside(pitch, -std::numeric_limits<acc>::infinity());
     for (int64_t item = first; item < last; ++item) {
       const StripBlock b(x, strips, item % strips.units(x), item / strips.units(x));
       for (int64_t t = 1; t < x.T; ++t) {
@@ -421,7 +423,7 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
         const auto write = [&](int64_t i, const auto* row) TEMPOPS_INLINE {
           for (int64_t j = 0; j < x.W; ++j) {
             const Enhanced<scalar> to = enhanced.at(i * x.W + j);
-            const auto* __restrict maximum = row + j * keys.pitch;
+            const auto* __restrict maximum = row + j * pitch;
             const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
               if (!far) return;
               __builtin_prefetch(to.past + c + 2 * x.st);
@@ -442,15 +444,19 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
               if (page_pixels) {
                 put_maxima(enhanced.at(i * x.W));
               } else {
-                put_maxima(Kept<acc>{best.data(), keys.pitch});
+                put_maxima(Kept<acc>{best.data(), pitch});
                 write(i, best.data());
               }
             }
             continue;
           }
         }
+        if (!keys) {
+          keys.emplace(x, strips, kOutside<word>);
+          best_keys.resize(x.W * pitch);
+        }
         const auto fill = [&](int64_t i) TEMPOPS_INLINE {
-          keys.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+          keys->fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
             return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return to_key(load(from[c])); };
           });
         };
@@ -459,8 +465,8 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
         for (int64_t i = b.begin; i < b.end; ++i) {
           fill(i + 1);
           together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-            const Kept<word> kept{best_keys.data() + j * keys.pitch, keys.pitch};
-            square_maxima<n(), word>(AroundInStrip<word>(keys, b, i, j), b.channels, kept);
+            const Kept<word> kept{best_keys.data() + j * pitch, pitch};
+            square_maxima<n(), word>(AroundInStrip<word>(*keys, b, i, j), b.channels, kept);
           });
           write(i, best_keys.data());
         }
