@@ -443,6 +443,28 @@ def test_autocast(case, backend):
     assert all(g is None or g.dtype == torch.float32 for g in grads)
 
 
+@compiled
+@pytest.mark.parametrize("channels", (16, 1024))  # the products with larger weights are PyTorch's
+def test_direct_calls_ignore_autocast(backend, channels):
+    """Entries of torch.ops answer in the dtype of their arguments, whatever their kernels call."""
+    entries = torch.ops.tempops_triton if backend == "triton" else torch.ops.tempops
+    by_name = {case.name: case for case in CASES}
+    calls = {
+        "channel_motion_gate": lambda x, t, *weights: entries.channel_motion_gate(x, *weights, t),
+        "shift_conv1x1": lambda x, t, weight: entries.shift_conv1x1(x, weight, None, t),
+    }
+    for name, call in calls.items():
+        x, t, *others = make(by_name[name], Shape(1, 2, channels, 2, 2), layouts(by_name[name])[0], torch.float32)
+        arguments = [a.detach().requires_grad_() for a in (x, *others)]
+        results = []
+        for enabled in (False, True):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
+                out = call(arguments[0], t, *arguments[1:])
+                results.append((out, *torch.autograd.grad(out.square().sum(), arguments)))
+        for plain, mixed in zip(*results):
+            assert torch.equal(plain, mixed), name
+
+
 @cases
 def test_meta_and_fake(case):
     x, n_segment, *others = make(case, BASE, layouts(case)[0], torch.float32)

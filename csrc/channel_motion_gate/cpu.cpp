@@ -98,7 +98,7 @@ bool is_small(int64_t rows, int64_t columns) {
 // A row of weights meets all frames at once, so x is turned first: it is small.
 Tensor linear(const Tensor& x, const Tensor& weight) {
   const int64_t frames = x.size(0), K = x.size(1), M = weight.size(0);
-  if (!is_small(M, K)) return torch::stable::matmul(x, torch::stable::transpose(weight, 0, 1));
+  if (!is_small(M, K)) return matrix_product(x, torch::stable::transpose(weight, 0, 1));
   const Tensor out = torch::stable::new_empty(x, std::array<int64_t, 2>{frames, M});
   by_accumulator(x.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
@@ -113,7 +113,7 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
 
 Tensor over_frames(const Tensor& a, const Tensor& b) {
   const int64_t frames = a.size(0), M = a.size(1), N = b.size(1);
-  if (!is_small(M, N)) return torch::stable::matmul(torch::stable::transpose(a, 0, 1), b);
+  if (!is_small(M, N)) return matrix_product(torch::stable::transpose(a, 0, 1), b);
   const Tensor out = torch::stable::new_empty(a, std::array<int64_t, 2>{M, N});
   by_accumulator(a.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
@@ -125,7 +125,7 @@ Tensor over_frames(const Tensor& a, const Tensor& b) {
 Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to) {
   const int64_t frames = x.size(0), K = x.size(1), N = weight.size(1);
   if (!is_small(K, N)) {
-    const Tensor out = torch::stable::matmul(x, weight);
+    const Tensor out = matrix_product(x, weight);
     if (to)
       by_accumulator(x.scalar_type(), [&](auto* type) {
         using acc = std::remove_pointer_t<decltype(type)>;

@@ -95,15 +95,15 @@ Tensor square(const Tensor& z, int64_t T) {
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& weight) {
-  return torch::stable::matmul(x, torch::stable::transpose(weight, 0, 1));
+  return matrix_product(x, torch::stable::transpose(weight, 0, 1));
 }
 
 Tensor over_frames(const Tensor& a, const Tensor& b) {
-  return torch::stable::matmul(torch::stable::transpose(a, 0, 1), b);
+  return matrix_product(torch::stable::transpose(a, 0, 1), b);
 }
 
 Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to) {
-  const Tensor out = torch::stable::matmul(x, weight);
+  const Tensor out = matrix_product(x, weight);
   if (!to) return out;
   const DeviceGuard guard(x);
   by_accumulator(x, [&](auto* type) {

@@ -6,6 +6,13 @@
 
 namespace tempops {
 
+// a b by ATen. Under autocast it would answer in another type than what is allocated here is of.
+inline Tensor matrix_product(const Tensor& a, const Tensor& b) {
+  const Tensor out = torch::stable::matmul(a, b);
+  TEMPOPS_CHECK(out.scalar_type() == a.scalar_type(), "autocast must be off where this op is called");
+  return out;
+}
+
 // --- what cpu.cpp and cuda.cu each define for their library; dense tensors of one type ---
 
 // x W^T for x [frames, K] and W [M, K].

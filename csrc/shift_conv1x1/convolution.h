@@ -15,6 +15,7 @@ struct Geometry {
 
 // What ATen made of `x`, as clips with C channels. It chooses the strides of sides of 1 by rules of its own.
 inline Clip in_layout_of(const Clip& x, const Tensor& out, int64_t C) {
+  TEMPOPS_CHECK(out.scalar_type() == x.dtype, "autocast must be off where this op is called");
   const int64_t T = x.T, H = x.H, W = x.W, P = x.P;
   std::vector<int64_t> sizes{x.N * T, C, H, W}, strides{C * P, P, W, 1};
   if (x.channels_last) strides = {C * P, 1, W * C, C};

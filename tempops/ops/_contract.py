@@ -236,12 +236,27 @@ def register(
     def give(namespace: str) -> None:
         entry = f"{namespace}::{name}"
         torch.library.register_fake(entry, checked(name, fake))
+        _keep_autocast_out(namespace, name)
         if backward is not None:
             formula = functools.partial(_without_autocast, functools.partial(backward, getattr(torch.ops, namespace)))
             torch.library.register_autograd(entry, formula, setup_context=setup_context)
 
     _checks[name], _registrations[name] = check, give
     give("tempops")
+
+
+def _keep_autocast_out(namespace: str, name: str) -> None:
+    """Has direct callers of an entry get the dtype of their arguments under autocast, whatever the kernel calls."""
+    entry = getattr(getattr(torch.ops, namespace), name).default
+    library = torch.library.Library(namespace, "IMPL")
+
+    def run(*args):
+        with torch._C._DisableAutocast():
+            return entry(*args)
+
+    for device in ("CPU", "CUDA"):
+        library.impl(name, run, f"Autocast{device}")
+    _libraries.append(library)
 
 
 def register_inplace(name: str, *, check: Callable) -> None:
