@@ -273,9 +273,10 @@ def test_memory_is_the_outputs(case, backend):
 
 @cases
 @compiled
-def test_deterministic_whatever_the_threads(case, backend):
+@pytest.mark.parametrize("shape", (Shape(2, 4, 64, 28, 28), Shape(1, 2, 520, 5, 5)), ids=str)
+def test_deterministic_whatever_the_threads(case, backend, shape):
     for layout in layouts(case)[:2]:
-        inputs = make(case, Shape(2, 4, 64, 28, 28), layout, torch.float32)
+        inputs = make(case, shape, layout, torch.float32)
         outs, dins, grads = run(case, backend, *inputs)
         before = torch.get_num_threads()
         try:
