@@ -12,7 +12,8 @@ struct Tile {
   static constexpr int columns = (wide ? 128 : 64) / sizeof(acc);
 };
 
-constexpr int64_t kSum = 32;  // terms added up in one go: sums of sums keep float32 as exact as a pairwise sum
+constexpr int64_t kSum = 32;          // terms added up in one go: sums of sums keep float32 as exact as a pairwise sum
+constexpr int64_t kCached = 1 << 16;  // elements of B that stay in a processor's cache
 
 // sum [rows][columns] += A B over `terms`: A(i, k) = a[i][k * a_step], B(k, j) = b[k * b_step + j].
 template <int rows, int columns, class acc>
@@ -32,10 +33,13 @@ template <int rows, int columns, class acc>
 void product_of_tiles(acc* c, int64_t c_row, int64_t c_column, const acc* a, int64_t a_row, int64_t a_step,
                       const acc* b, int64_t b_row, int64_t M, int64_t N, int64_t K, bool accumulate) {
   const int64_t row_tiles = (M + rows - 1) / rows, panels = (N + columns - 1) / columns;
+  const bool along_rows = K * N <= kCached;  // B is at hand: C is written in the order in which it lies
+  const int64_t first_terms = std::min(kSum, K);
   parallel(row_tiles * panels, rows * columns * K, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     std::vector<acc> padded;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t m = item % row_tiles * rows, n = item / row_tiles * columns;
+      const int64_t m = (along_rows ? item / panels : item % row_tiles) * rows;
+      const int64_t n = (along_rows ? item % panels : item / row_tiles) * columns;
       const int64_t height = std::min<int64_t>(rows, M - m), width = std::min<int64_t>(columns, N - n);
       const acc* panel = b + n;
       int64_t panel_row = b_row;
@@ -48,19 +52,30 @@ void product_of_tiles(acc* c, int64_t c_row, int64_t c_column, const acc* a, int
         panel_row = columns;
       }
       const acc* from[rows];
-      acc total[rows][columns] = {};
-      for (int64_t k = 0; k < K; k += kSum) {
+      for (int i = 0; i < rows; ++i) from[i] = a + std::min(m + i, M - 1) * a_row;
+      acc first[rows][columns] = {};
+      multiply_add(first, from, a_step, panel, panel_row, first_terms);
+      acc* to = c + m * c_row + n * c_column;
+      if (K == first_terms && height == rows && width == columns && c_column == 1 && !accumulate) {
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < columns; ++j) to[i * c_row + j] = first[i][j];
+        continue;
+      }
+      acc total[rows][columns];
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) total[i][j] = first[i][j];
+      for (int64_t k = first_terms; k < K; k += kSum) {
         for (int i = 0; i < rows; ++i) from[i] = a + std::min(m + i, M - 1) * a_row + k * a_step;
         acc sum[rows][columns] = {};
         multiply_add(sum, from, a_step, panel + k * panel_row, panel_row, std::min(kSum, K - k));
         for (int i = 0; i < rows; ++i)
           for (int j = 0; j < columns; ++j) total[i][j] += sum[i][j];
       }
-      for (int64_t i = 0; i < height; ++i) {
-        acc* to = c + (m + i) * c_row + n * c_column;
-        for (int64_t j = 0; j < width; ++j)
-          to[j * c_column] = accumulate ? to[j * c_column] + total[i][j] : total[i][j];
-      }
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+          acc& element = to[i * c_row + j * c_column];
+          element = accumulate ? element + total[i][j] : total[i][j];
+        }
     }
   });
 }

@@ -131,9 +131,14 @@ except triton.runtime.errors.InterpreterError as error:
 
 
 def test_kernels_pass_the_tests_of_the_ops(tmp_path):
-    """In its interpreter, every order of derivative at the smallest size; .ci/triton runs every layout and dtype."""
+    """In its interpreter, every order of derivative at the smallest size; options, layouts and dtypes: .ci/triton."""
     (tmp_path / "loop.py").write_text(LOOP)
     if error := python(str(tmp_path / "loop.py"), TRITON_INTERPRET="1"):
         pytest.skip(f"this Triton's interpreter runs no loop with this numpy: {error}")
     command = ("-m", "pytest", "-qx", "-p", "no:cacheprovider", str(HERE / "test_ops.py"))
-    python(*command, "-k", "triton and test_double_backward", TRITON_INTERPRET="1")
+    python(
+        *command,
+        "-k",
+        "triton and test_double_backward and not (wide or neighbor or clip or long)",
+        TRITON_INTERPRET="1",
+    )

@@ -90,7 +90,7 @@ acc* data(const Tensor& x) {
 
 // Whether a product with this weight, or whose result it is, was measured faster here than in ATen.
 bool is_small(int64_t rows, int64_t columns) {
-  return rows * columns <= (1 << 14);
+  return rows * columns <= (1 << 15);
 }
 
 }  // namespace
@@ -165,12 +165,17 @@ std::array<Tensor, 2> mixed_backward(const Tensor& dmixed, const Tensor& z, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(tempops, m) {
   m.def("channel_motion_gate(Tensor pooled, Tensor w1, Tensor w2, Tensor w3, int n_segment) -> Tensor");
   m.def(
+      "channel_motion_gate_forward(Tensor pooled, Tensor w1, Tensor w2, Tensor w3, int n_segment) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def(
       "channel_motion_gate_backward(Tensor grad, Tensor pooled, Tensor w1, Tensor w2, Tensor w3, Tensor output, "
-      "int n_segment, bool need_pooled, bool need_w1, bool need_w2, bool need_w3) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor z, Tensor k, int n_segment, bool need_pooled, bool need_w1, bool need_w2, bool need_w3) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tempops, CPU, m) {
   m.impl("channel_motion_gate", TORCH_BOX(&channel_motion_gate));
+  m.impl("channel_motion_gate_forward", TORCH_BOX(&channel_motion_gate_forward));
   m.impl("channel_motion_gate_backward", TORCH_BOX(&channel_motion_gate_backward));
 }
 

@@ -141,6 +141,7 @@ std::array<Tensor, 2> mixed_backward(const Tensor& dmixed, const Tensor& z, cons
 
 STABLE_TORCH_LIBRARY_IMPL(tempops, CUDA, m) {
   m.impl("channel_motion_gate", TORCH_BOX(&channel_motion_gate));
+  m.impl("channel_motion_gate_forward", TORCH_BOX(&channel_motion_gate_forward));
   m.impl("channel_motion_gate_backward", TORCH_BOX(&channel_motion_gate_backward));
 }
 

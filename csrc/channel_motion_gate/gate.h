@@ -70,22 +70,32 @@ inline Tensor rounded(const Tensor& x, const Gate& g) {
   return x.scalar_type() == g.dtype ? x : torch::stable::to(x, g.dtype);
 }
 
-inline Tensor channel_motion_gate(const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Tensor& w3,
-                                  int64_t n_segment) {
+// The gate, and z and k for the backward: [frames, R], small beside what it takes to make them.
+inline std::tuple<Tensor, Tensor, Tensor> channel_motion_gate_forward(const Tensor& pooled, const Tensor& w1,
+                                                                      const Tensor& w2, const Tensor& w3,
+                                                                      int64_t n_segment) {
   const Gate g = gate_of(pooled, w1, w2, w3, n_segment);
-  const Tensor logits = linear(mixed(linear(g.pooled, g.w1), linear(g.pooled, g.w2), g.T), g.w3);
-  return rounded(aten("aten::sigmoid_", "", logits), g);
+  const Tensor z = linear(g.pooled, g.w1), k = linear(g.pooled, g.w2);
+  return {rounded(aten("aten::sigmoid_", "", linear(mixed(z, k, g.T), g.w3)), g), z, k};
 }
 
-// z, k and what they are mixed to are computed again: the forward keeps nothing but its result.
+inline Tensor channel_motion_gate(const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Tensor& w3,
+                                  int64_t n_segment) {
+  return std::get<0>(channel_motion_gate_forward(pooled, w1, w2, w3, n_segment));
+}
+
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> channel_motion_gate_backward(
     const Tensor& grad, const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Tensor& w3,
-    const Tensor& output, int64_t n_segment, bool need_pooled, bool need_w1, bool need_w2, bool need_w3) {
+    const Tensor& output, const Tensor& z_, const Tensor& k_, int64_t n_segment, bool need_pooled, bool need_w1,
+    bool need_w2, bool need_w3) {
   const Gate g = gate_of(pooled, w1, w2, w3, n_segment);
   for (const Tensor* x : {&grad, &output})
     TEMPOPS_CHECK(x->dim() == 2 && x->size(0) == g.frames && x->size(1) == g.C, "grad and output must be [", g.frames,
                   ", ", g.C, "] as pooled is");
-  const Tensor z = linear(g.pooled, g.w1), k = linear(g.pooled, g.w2);
+  for (const Tensor* x : {&z_, &k_})
+    TEMPOPS_CHECK(x->dim() == 2 && x->size(0) == g.frames && x->size(1) == g.w1.size(0), "z and k must be [", g.frames,
+                  ", ", g.w1.size(0), "]");
+  const Tensor z = dense_argument(z_, g.pooled, "z"), k = dense_argument(k_, g.pooled, "k");
   // A result rounded to half the bits says too little of its slope a (1 - a).
   const bool exact = output.scalar_type() == z.scalar_type();
   const Tensor gate =

@@ -167,11 +167,15 @@ class Op:
 
     `check` raises ValueError or TypeError and gets the arguments of the public function, in order. `reference` is plain
     PyTorch, differentiated by PyTorch. The compiled back ends are entries of the same name in a `torch.ops` namespace;
-    `register` gives each entry its fake and its derivative, so that direct callers have them too.
+    `register` gives each entry its fake and its derivative, so that direct callers have them too. Where a gradient is
+    recorded the entry `recorded` may run instead: its first result is the op's, the others spare the backward work.
     """
 
-    def __init__(self, name: str, *, check: Callable, reference: Callable, autocast: str = "input") -> None:
+    def __init__(
+        self, name: str, *, check: Callable, reference: Callable, autocast: str = "input", recorded: str | None = None
+    ) -> None:
         self.name, self.check, self.reference, self.autocast = name, check, reference, autocast
+        self.recorded = recorded
 
     def __call__(self, x: Tensor, *args):
         device = x.device.type if isinstance(x, Tensor) else "cpu"
@@ -187,8 +191,12 @@ class Op:
         namespace = None if is_transformed() else _backend.namespace(device, self.name)
         if namespace is None:
             return self.reference(x, *args)
-        entry = getattr(getattr(torch.ops, namespace), self.name).default
-        if torch.compiler.is_compiling() or _needs_gradient(x, *args):
+        entries = getattr(torch.ops, namespace)
+        needs_gradient = _needs_gradient(x, *args)
+        if needs_gradient and self.recorded is not None:
+            return getattr(entries, self.recorded).default(x, *args)[0]
+        entry = getattr(entries, self.name).default
+        if needs_gradient or torch.compiler.is_compiling():
             return entry(x, *args)
         # The derivative of an entry is registered in Python: to pass through it takes as long as the rest of a call.
         with torch._C._AutoDispatchBelowAutograd():

@@ -63,7 +63,7 @@ def _reference(pooled: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, n_segment: in
     return F.linear((z + mixing @ z).flatten(0, 1), w3).sigmoid()
 
 
-op = Op("channel_motion_gate", check=_check, reference=_reference)
+op = Op("channel_motion_gate", check=_check, reference=_reference, recorded="channel_motion_gate_forward")
 
 
 def _save(ctx, inputs, output) -> None:
@@ -72,12 +72,42 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ops, ctx, grad: Tensor):
+    *inputs, output = ctx.saved_tensors
+    _, z, k = ops.channel_motion_gate_forward(*inputs, ctx.n_segment)
+    return _gradients(ops, ctx, grad, *inputs, output, z, k)
+
+
+def _save_features(ctx, inputs, output) -> None:
+    *tensors, ctx.n_segment = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward_of_features(ops, ctx, grad: Tensor, *_):
+    return _gradients(ops, ctx, grad, *ctx.saved_tensors)
+
+
+def _gradients(ops, ctx, grad: Tensor, *saved: Tensor):
     needed = ctx.needs_input_grad[:4]
-    grads = ops.channel_motion_gate_backward(grad, *ctx.saved_tensors, ctx.n_segment, *needed)
+    grads = ops.channel_motion_gate_backward(grad, *saved, ctx.n_segment, *needed)
     return *(g if need else None for g, need in zip(grads, needed)), None
 
 
-def _fake_backward(grad, pooled, w1, w2, w3, output, n_segment, *needed):
+def _fake_forward(pooled, w1, w2, w3, n_segment):
+    wide = torch.promote_types(pooled.dtype, torch.float32)
+    features = (pooled.new_empty(pooled.size(0), w1.size(0), dtype=wide) for _ in range(2))
+    return pooled.new_empty(pooled.shape), *features
+
+
+def _check_backward(grad, pooled, w1, w2, w3, output, z, k, n_segment, *needed) -> None:
+    _check(pooled, w1, w2, w3, n_segment)
+    for name, x in (("grad", grad), ("output", output)):
+        check_shape(name, x, pooled.shape)
+    for name, x in (("z", z), ("k", k)):
+        check_shape(name, x, (pooled.size(0), w1.size(0)))
+
+
+def _fake_backward(grad, pooled, w1, w2, w3, output, z, k, n_segment, *needed):
     return tuple(
         torch.empty(x.shape if need else 0, dtype=x.dtype, device=x.device)
         for x, need in zip((pooled, w1, w2, w3), needed)
@@ -86,13 +116,16 @@ def _fake_backward(grad, pooled, w1, w2, w3, output, n_segment, *needed):
 
 def _save_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6])
-    ctx.n_segment, *ctx.needed = inputs[6:]
+    ctx.n_segment, *ctx.needed = inputs[8:]
 
 
 def _double_backward(ops, ctx, *upstream):
-    """The derivative of the backward: its equations from last to first, each in plain PyTorch."""
+    """The derivative of the backward: its equations from last to first, each in plain PyTorch.
+
+    z and k are taken as the functions of `pooled` that they are, and get no gradient of their own.
+    """
     grads = _derivative(*ctx.saved_tensors, *upstream, ctx.n_segment, ctx.needed)
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None
 
 
 def _derivative(grad, pooled, w1, w2, w3, output, up, u1, u2, u3, n_segment, needed):
@@ -157,9 +190,16 @@ register(
     backward=_backward,
 )
 register(
+    "channel_motion_gate_forward",
+    _fake_forward,
+    check=_check,
+    setup_context=_save_features,
+    backward=_backward_of_features,
+)
+register(
     "channel_motion_gate_backward",
     _fake_backward,
-    check=lambda grad, pooled, w1, w2, w3, output, n_segment, *needed: _check(pooled, w1, w2, w3, n_segment),
+    check=_check_backward,
     setup_context=_save_backward,
     backward=_double_backward,
 )

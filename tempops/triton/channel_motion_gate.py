@@ -107,9 +107,17 @@ def mix(z: Tensor, k: Tensor, n_segment: int) -> Tensor:
 
 @entry
 def channel_motion_gate(pooled: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, n_segment: int) -> Tensor:
+    return channel_motion_gate_forward(pooled, w1, w2, w3, n_segment)[0]
+
+
+@entry
+def channel_motion_gate_forward(
+    pooled: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, n_segment: int
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = pooled.dtype
     pooled, w1, w2, w3 = (widened(x) for x in (pooled, w1, w2, w3))
-    return (mix(pooled @ w1.t(), pooled @ w2.t(), n_segment) @ w3.t()).sigmoid().to(dtype)
+    z, k = pooled @ w1.t(), pooled @ w2.t()
+    return (mix(z, k, n_segment) @ w3.t()).sigmoid().to(dtype), z, k
 
 
 @entry
@@ -120,6 +128,8 @@ def channel_motion_gate_backward(
     w2: Tensor,
     w3: Tensor,
     output: Tensor,
+    z: Tensor,
+    k: Tensor,
     n_segment: int,
     need_pooled: bool,
     need_w1: bool,
@@ -129,8 +139,8 @@ def channel_motion_gate_backward(
     check_like(grad, pooled, "grad")
     check_like(output, pooled, "output")
     like, dtype = pooled, pooled.dtype
+    z, k = z.contiguous(), k.contiguous()
     grad, pooled, w1, w2, w3 = (widened(x) for x in (grad, pooled, w1, w2, w3))
-    z, k = pooled @ w1.t(), pooled @ w2.t()  # again: the forward keeps nothing but its result
     mixed = mix(z, k, n_segment)
     # A result rounded to half the bits says too little of its slope a (1 - a).
     gate = output if output.dtype == grad.dtype else (mixed @ w3.t()).sigmoid()
