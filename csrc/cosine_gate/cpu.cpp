@@ -129,9 +129,9 @@ struct ChannelsLastBlock {
   }
 
   // Sums of products over channels, by lane: the lanes meet once, at the end of a pixel.
-  template <bool with_grad>
+  template <bool with_grad, class sum>
   struct Lanes {
-    alignas(64) double dot[kLanes] = {}, square[kLanes] = {}, product[kLanes] = {};
+    alignas(64) sum dot[kLanes] = {}, square[kLanes] = {}, product[kLanes] = {};
 
     // Adds `steps` times kLanes channels, in the accumulation type first.
     template <class scalar, int64_t... step>
@@ -165,41 +165,20 @@ struct ChannelsLastBlock {
       const scalar* a = here.data + at(here, 0, first + p);
       const scalar* b = next.data + at(next, 0, first + p);
       const scalar* g = grad.data + at(grad, 0, first + p);
-      if (C <= kFew) {
-        const auto chunk = [&](int64_t begin, auto count) TEMPOPS_INLINE {
-          acc_t<scalar> ab = 0, bb = 0, gb = 0;
-          _Pragma("omp simd reduction(+ : ab, bb, gb)") for (int64_t c = begin; c < begin + count; ++c) {
-            const acc_t<scalar> value = load(b[c]);
-            ab += load(a[c]) * value;
-            bb += value * value;
-            if constexpr (with_grad) gb += load(g[c]) * value;
-          }
-          dot[p] += ab;
-          square[p] += bb;
-          if constexpr (with_grad) product[p] += gb;
-        };
+      const auto pixel = [&](auto zero) TEMPOPS_INLINE {
+        Lanes<with_grad, decltype(zero)> sums;
         int64_t c = 0;
-        for (; c + 64 <= C; c += 64) chunk(c, std::integral_constant<int64_t, 64>());
-        if (c < C) chunk(c, C - c);
-        continue;
-      }
-      Lanes<with_grad> sums;
-      int64_t c = 0;
-      for (; c + kSteps * kLanes <= C; c += kSteps * kLanes)
-        sums.add(std::make_integer_sequence<int64_t, kSteps>(), a + c, b + c, g + c);
-      for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-        sums.add(std::make_integer_sequence<int64_t, 4>(), a + c, b + c, g + c);
-      for (; c < C; c += kLanes)
-        sums.add(std::make_integer_sequence<int64_t, 1>(), a + c, b + c, g + c, std::min(kLanes, C - c));
-      double ab = 0, bb = 0, gb = 0;
-      _Pragma("omp simd reduction(+ : ab, bb, gb)") for (int64_t lane = 0; lane < kLanes; ++lane) {
-        ab += sums.dot[lane];
-        bb += sums.square[lane];
-        if constexpr (with_grad) gb += sums.product[lane];
-      }
-      dot[p] += ab;
-      square[p] += bb;
-      if constexpr (with_grad) product[p] += gb;
+        for (; c + kSteps * kLanes <= C; c += kSteps * kLanes)
+          sums.add(std::make_integer_sequence<int64_t, kSteps>(), a + c, b + c, g + c);
+        for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+          sums.add(std::make_integer_sequence<int64_t, 4>(), a + c, b + c, g + c);
+        for (; c < C; c += kLanes)
+          sums.add(std::make_integer_sequence<int64_t, 1>(), a + c, b + c, g + c, std::min(kLanes, C - c));
+        dot[p] += sum_of_lanes(sums.dot);
+        square[p] += sum_of_lanes(sums.square);
+        if constexpr (with_grad) product[p] += sum_of_lanes(sums.product);
+      };
+      C <= kFew ? pixel(acc_t<scalar>()) : pixel(double());
     }
   }
 
