@@ -7,15 +7,6 @@ namespace tempops {
 
 constexpr int64_t kLanes = 16;  // elements of a step; one AVX-512 vector of floats
 
-// The sum of a vector's elements, by halves: the compiler would add them one after the other.
-template <class acc>
-TEMPOPS_INLINE inline acc sum_of_lanes(const acc (&lanes)[kLanes]) {
-  acc half[kLanes / 2], quarter[kLanes / 4];
-  _Pragma("omp simd") for (int64_t i = 0; i < kLanes / 2; ++i) half[i] = lanes[i] + lanes[i + kLanes / 2];
-  _Pragma("omp simd") for (int64_t i = 0; i < kLanes / 4; ++i) quarter[i] = half[i] + half[i + kLanes / 4];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
-
 // Where the frames of a clip are: what a lambda copies in place of a Clip with its Tensor.
 template <class scalar>
 struct Frames {

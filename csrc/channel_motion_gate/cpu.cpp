@@ -1,6 +1,7 @@
 // channel_motion_gate on the CPU. A clip is a few frames, so a product with a small weight takes less time than ATen
 // takes to begin: those are made here, the others by ATen. What lies between the products is one loop over the clips.
 #include "../gemm.h"
+#include "../sums.h"
 #include "gate.h"
 
 namespace tempops {
@@ -8,9 +9,9 @@ namespace {
 
 template <class acc>
 TEMPOPS_INLINE inline acc dot(const acc* __restrict a, const acc* __restrict b, int64_t count) {
-  acc sum = 0;
-  _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-  return sum;
+  acc sum[1] = {};
+  add_up(sum, count, [=](int64_t i, acc& ab, acc&, acc&) TEMPOPS_INLINE { ab += a[i] * b[i]; });
+  return sum[0];
 }
 
 template <class acc>

@@ -6,7 +6,7 @@
 // added in the accumulation type and these subtotals in float64, so that thousands of channels lose no digits.
 #include <limits>
 
-#include "../lanes.h"
+#include "../sums.h"
 #include "arguments.h"
 
 namespace tempops {
@@ -113,7 +113,7 @@ struct PlanarBlock {
 
 // Adjacent pixels of a channels_last frame.
 struct ChannelsLastBlock {
-  static constexpr int64_t kBytes = 16384;
+  static constexpr int64_t kBytes = 16384, kChannels = 256;
   int64_t C, first, pixels, following;  // following: those of the frame's next block, at most as many
 
   static int64_t count(const Clip& x) {
@@ -128,35 +128,9 @@ struct ChannelsLastBlock {
     return pixel * frame.sp + c;
   }
 
-  // Sums of products over channels, by lane: the lanes meet once, at the end of a pixel.
-  template <bool with_grad, class sum>
-  struct Lanes {
-    alignas(64) sum dot[kLanes] = {}, square[kLanes] = {}, product[kLanes] = {};
-
-    // Adds `steps` times kLanes channels, in the accumulation type first.
-    template <class scalar, int64_t... step>
-    TEMPOPS_INLINE void add(std::integer_sequence<int64_t, step...>, const scalar* __restrict a,
-                            const scalar* __restrict b, const scalar* __restrict g, int64_t lanes = kLanes) {
-      _Pragma("omp simd") for (int64_t lane = 0; lane < lanes; ++lane) {
-        acc_t<scalar> ab = 0, bb = 0, gb = 0;
-        const auto channel = [&](int64_t c) TEMPOPS_INLINE {
-          const acc_t<scalar> value = load(b[c]);
-          ab += load(a[c]) * value;
-          bb += value * value;
-          if constexpr (with_grad) gb += load(g[c]) * value;
-        };
-        (channel(step * kLanes + lane), ...);
-        dot[lane] += ab;
-        square[lane] += bb;
-        if constexpr (with_grad) product[lane] += gb;
-      }
-    }
-  };
-
   template <bool with_grad, class scalar>
   TEMPOPS_INLINE void add(double* __restrict dot, double* __restrict square, double* __restrict product,
                           Frame<scalar> here, Frame<scalar> next, Frame<scalar> grad) const {
-    constexpr int64_t kSteps = 16, kFew = 128;
     for (int64_t p = 0; p < pixels; ++p) {
       if (p < following) {
         prefetch(next.data + at(next, 0, first + pixels + p), C);
@@ -165,20 +139,18 @@ struct ChannelsLastBlock {
       const scalar* a = here.data + at(here, 0, first + p);
       const scalar* b = next.data + at(next, 0, first + p);
       const scalar* g = grad.data + at(grad, 0, first + p);
-      const auto pixel = [&](auto zero) TEMPOPS_INLINE {
-        Lanes<with_grad, decltype(zero)> sums;
-        int64_t c = 0;
-        for (; c + kSteps * kLanes <= C; c += kSteps * kLanes)
-          sums.add(std::make_integer_sequence<int64_t, kSteps>(), a + c, b + c, g + c);
-        for (; c + 4 * kLanes <= C; c += 4 * kLanes)
-          sums.add(std::make_integer_sequence<int64_t, 4>(), a + c, b + c, g + c);
-        for (; c < C; c += kLanes)
-          sums.add(std::make_integer_sequence<int64_t, 1>(), a + c, b + c, g + c, std::min(kLanes, C - c));
-        dot[p] += sum_of_lanes(sums.dot);
-        square[p] += sum_of_lanes(sums.square);
-        if constexpr (with_grad) product[p] += sum_of_lanes(sums.product);
-      };
-      C <= kFew ? pixel(acc_t<scalar>()) : pixel(double());
+      for (int64_t c = 0; c < C; c += kChannels) {
+        acc_t<scalar> sums[with_grad ? 3 : 2] = {};
+        add_up(sums, std::min(kChannels, C - c), [=](int64_t i, auto& ab, auto& bb, auto& gb) TEMPOPS_INLINE {
+          const acc_t<scalar> value = load(b[c + i]);
+          ab += load(a[c + i]) * value;
+          bb += value * value;
+          if constexpr (with_grad) gb += load(g[c + i]) * value;
+        });
+        dot[p] += sums[0];
+        square[p] += sums[1];
+        if constexpr (with_grad) product[p] += sums[2];
+      }
     }
   }
 

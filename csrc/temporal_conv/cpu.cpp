@@ -7,7 +7,7 @@
 #include <numeric>
 #include <utility>
 
-#include "../lanes.h"
+#include "../sums.h"
 #include "arguments.h"
 
 namespace tempops {
@@ -162,16 +162,14 @@ TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const s
                    *x2 = x[m2] + r * pitch;
       for (int64_t begin = 0; begin < tile.length; begin += kChunk) {
         const int64_t end = std::min(begin + kChunk, tile.length);
-        acc q0 = 0, q1 = 0, q2 = 0;
-        _Pragma("omp simd reduction(+ : q0, q1, q2)") for (int64_t i = begin; i < end; ++i) {
-          const acc v = load(h[i]);
-          q0 += v * load(x0[i]);
-          if constexpr (M > 1) q1 += v * load(x1[i]);
-          if constexpr (M > 2) q2 += v * load(x2[i]);
-        }
-        q[0][r] += q0;
-        if constexpr (M > 1) q[1][r] += q1;
-        if constexpr (M > 2) q[2][r] += q2;
+        acc sums[M] = {};
+        add_up(sums, end - begin, [=](int64_t i, acc& q0, acc& q1, acc& q2) TEMPOPS_INLINE {
+          const acc v = load(h[begin + i]);
+          q0 += v * load(x0[begin + i]);
+          if constexpr (M > 1) q1 += v * load(x1[begin + i]);
+          if constexpr (M > 2) q2 += v * load(x2[begin + i]);
+        });
+        for (int m = 0; m < M; ++m) q[m][r] += sums[m];
       }
     }
     return;
