@@ -20,27 +20,34 @@ struct Frames {
   }
 };
 
+// Elements of a step over tensors of a dtype. A loop of 16 steps over 16-bit elements would become one of half vectors.
+template <class scalar>
+constexpr int64_t lanes_of = sizeof(scalar) == 2 ? 2 * kLanes : kLanes;
+
 // Calls f(i) for all i in [0, n), some of them twice, in steps that vectorise without a remainder: the last step
 // reaches back where n is no multiple. So f must give the same result the second time. Before the step that begins at i
 // comes hint(i).
-template <class Hint, class F>
+template <int64_t lanes = kLanes, class Hint, class F>
 TEMPOPS_INLINE inline void each(int64_t n, const Hint& hint, const F& f) {
-  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+  for (int64_t i = 0; i + lanes <= n; i += lanes) {
     hint(i);
-    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane);
+    _Pragma("omp simd") for (int64_t lane = 0; lane < lanes; ++lane) f(i + lane);
   }
-  if (n % kLanes == 0) return;
-  hint(n / kLanes * kLanes);
-  if (n >= kLanes) {
-    _Pragma("omp simd") for (int64_t lane = 0; lane < kLanes; ++lane) f(n - kLanes + lane);
+  if (n % lanes == 0) return;
+  if (n >= lanes) {
+    hint(n / lanes * lanes);
+    _Pragma("omp simd") for (int64_t lane = 0; lane < lanes; ++lane) f(n - lanes + lane);
+  } else if constexpr (lanes > kLanes) {
+    each<lanes / 2>(n, hint, f);
   } else {
+    hint(0);
     for (int64_t i = 0; i < n; ++i) f(i);
   }
 }
 
-template <class F>
+template <int64_t lanes = kLanes, class F>
 TEMPOPS_INLINE inline void each(int64_t n, const F& f) {
-  each(n, [](int64_t) TEMPOPS_INLINE {}, f);
+  each<lanes>(n, [](int64_t) TEMPOPS_INLINE {}, f);
 }
 
 }  // namespace tempops

@@ -99,8 +99,8 @@ struct Strip {
   TEMPOPS_INLINE element* at(const StripBlock& b, int64_t i) {
     return memory.data() + (i - b.begin + 1) * row + pitch;
   }
-  // Fills row i from value(pixel)(channel).
-  template <class F>
+  // Fills row i from value(pixel)(channel), in steps of `lanes`.
+  template <int64_t lanes, class F>
   TEMPOPS_INLINE void fill(const StripBlock& b, int64_t i, int64_t H, const F& value) {
     element* to = at(b, i);
     if (i < 0 || i >= H) {
@@ -110,7 +110,7 @@ struct Strip {
     for (int64_t j = 0; j < W; ++j, to += pitch) {
       const auto of_pixel = value(i * W + j);
       element* __restrict dst = to;
-      each(b.channels, [&](int64_t c) TEMPOPS_INLINE { dst[c] = of_pixel(c); });
+      each<lanes>(b.channels, [&](int64_t c) TEMPOPS_INLINE { dst[c] = of_pixel(c); });
     }
   }
 };

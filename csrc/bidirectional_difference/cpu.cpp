@@ -45,15 +45,16 @@ struct Planes {
   TEMPOPS_INLINE acc* at(const StripBlock& b, int64_t c) {
     return memory.data() + (c - b.c) * plane + W + 1;
   }
-  // Fills rows [begin - 1, end + 1) of a channel from value(offset in the plane). Rows outside the plane are zero.
-  template <class F>
+  // Fills rows [begin - 1, end + 1) of a channel from value(offset in the plane), in steps of `lanes`. Rows outside the
+  // plane are zero.
+  template <int64_t lanes, class F>
   TEMPOPS_INLINE void fill(const StripBlock& b, int64_t c, int64_t H, const F& value) {
     const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(H, b.end + 1), from = lo * W;
     acc* first = at(b, c);
     if (lo == b.begin && hi > b.end) std::fill_n(first - W, W, acc(0));
     if (hi == b.end && lo < b.begin) std::fill_n(first + (b.end - b.begin) * W, W, acc(0));
     acc* __restrict dst = first + (lo - b.begin) * W;
-    each((hi - lo) * W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
+    each<lanes>((hi - lo) * W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
   }
 };
 
@@ -149,7 +150,7 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
           const scalar* frame = frames_x(b.n, t) + c * x.sc;
-          planes.fill(b, c, x.H, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
+          planes.template fill<lanes_of<scalar>>(b, c, x.H, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
         }
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
           const ProductPlanar<acc> product{planes.at(b, c), w + c * kTaps, columns.data(), x.W};
@@ -163,7 +164,7 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
             __builtin_prefetch(y_future + p + backward.st, 1);
           };
           if (past < t && future > t) {
-            each(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
+            each<lanes_of<scalar>>(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
               const acc value = product(p);
               y_past[p] = store<scalar>(sign * (load(x_past[p]) - value));
               y_future[p] = store<scalar>(sign * (load(x_future[p]) - value));
@@ -171,7 +172,7 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
           } else {
             scalar* __restrict dst = past < t ? y_past : y_future;
             const scalar* __restrict src = past < t ? x_past : x_future;
-            each(count, fetch,
+            each<lanes_of<scalar>>(count, fetch,
                  [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (load(src[p]) - product(p))); });
           }
         }
@@ -250,7 +251,7 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
         const scalar* frame = frames_x(b.n, t) + b.c;
         const auto fill = [&](int64_t i) TEMPOPS_INLINE {
           if constexpr (!in_place)
-            strip->fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+            strip->template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
               return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
             });
         };
@@ -292,7 +293,7 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
                 __builtin_prefetch(to.forward + c + forward.st, 1);
                 __builtin_prefetch(to.backward + c + backward.st, 1);
               };
-              each(b.channels, fetch,
+              each<lanes_of<scalar>>(b.channels, fetch,
                    [&](int64_t c) TEMPOPS_INLINE { Put<scalar, to_past(), to_future()>{to}(0, c, product[c]); });
             }
           }
@@ -435,11 +436,11 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
             const Gradients<scalar> g = gradients(c);
             with_sum(g.product_past, g.product_future,
-                     [&](auto value) TEMPOPS_INLINE { planes.fill(b, c, x.H, value); });
+                     [&](auto value) TEMPOPS_INLINE { planes.template fill<lanes_of<scalar>>(b, c, x.H, value); });
             if (!partials) continue;
             const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
             acc* __restrict dst = planes_x.at(b, c);
-            each(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
+            each<lanes_of<scalar>>(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
           }
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
             if (partials)
@@ -449,7 +450,7 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
             const ProductPlanar<acc> product{planes.at(b, c), taps.data() + c * kTaps, columns.data(), x.W};
             scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
             with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
-              each(count,
+              each<lanes_of<scalar>>(count,
                    [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (value(begin + p) - product(p))); });
             });
           }
@@ -491,11 +492,11 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
           const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, b.c, b.c);
           const auto fill = [&](int64_t i) TEMPOPS_INLINE {
             with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
-              strip.fill(b, i, x.H,
+              strip.template fill<lanes_of<scalar>>(b, i, x.H,
                          [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
             });
             if (!partials) return;
-            strip_x.fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+            strip_x.template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
               return [from = frames_x(b.n, t) + p * x.sp + b.c](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
             });
           };
@@ -521,7 +522,7 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
                 const acc* __restrict product = row.data() + j * pitch;
                 scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
                 const auto here = value.at(p * forward.sp, p * backward.sp);
-                each(b.channels,
+                each<lanes_of<scalar>>(b.channels,
                      [&](int64_t c) TEMPOPS_INLINE { dst[c] = store<scalar>(sign * (here(c) - product[c])); });
               }
             });

@@ -113,7 +113,7 @@ struct PlanarBlock {
 
 // Adjacent pixels of a channels_last frame.
 struct ChannelsLastBlock {
-  static constexpr int64_t kBytes = 16384, kChannels = 256;
+  static constexpr int64_t kBytes = 16384, kChannels = 256, kFew = 128;
   int64_t C, first, pixels, following;  // following: those of the frame's next block, at most as many
 
   static int64_t count(const Clip& x) {
@@ -139,18 +139,24 @@ struct ChannelsLastBlock {
       const scalar* a = here.data + at(here, 0, first + p);
       const scalar* b = next.data + at(next, 0, first + p);
       const scalar* g = grad.data + at(grad, 0, first + p);
-      for (int64_t c = 0; c < C; c += kChannels) {
-        acc_t<scalar> sums[with_grad ? 3 : 2] = {};
-        add_up(sums, std::min(kChannels, C - c), [=](int64_t i, auto& ab, auto& bb, auto& gb) TEMPOPS_INLINE {
-          const acc_t<scalar> value = load(b[c + i]);
-          ab += load(a[c + i]) * value;
-          bb += value * value;
-          if constexpr (with_grad) gb += load(g[c + i]) * value;
-        });
-        dot[p] += sums[0];
-        square[p] += sums[1];
-        if constexpr (with_grad) product[p] += sums[2];
-      }
+      const auto sum = [&]<int64_t lanes>(std::integral_constant<int64_t, lanes>) TEMPOPS_INLINE {
+        for (int64_t c = 0; c < C; c += kChannels) {
+          acc_t<scalar> sums[with_grad ? 3 : 2] = {};
+          add_up<lanes>(sums, std::min(kChannels, C - c), [=](int64_t i, auto& ab, auto& bb, auto& gb) TEMPOPS_INLINE {
+            const acc_t<scalar> value = load(b[c + i]);
+            ab += load(a[c + i]) * value;
+            bb += value * value;
+            if constexpr (with_grad) gb += load(g[c + i]) * value;
+          });
+          dot[p] += sums[0];
+          square[p] += sums[1];
+          if constexpr (with_grad) product[p] += sums[2];
+        }
+      };
+      if (C <= kFew)  // to add up the lanes takes as long as to fill them
+        sum(std::integral_constant<int64_t, kLanes>());
+      else
+        sum(std::integral_constant<int64_t, lanes_of<scalar>>());
     }
   }
 

@@ -134,7 +134,7 @@ TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const scalar* f
       __builtin_prefetch(src + i + x.st);
       __builtin_prefetch(next + next_from + i, 1);
     };
-    each(n, fetch, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
+    each<lanes_of<scalar>>(n, fetch, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
   });
 }
 
@@ -324,7 +324,7 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
             const word* __restrict maximum = best + at, * __restrict here = along_row + at;
             const word *above = here - b.row, *below = here + b.row;
             scalar* __restrict dst = frame + to;
-            each(count, [&](int64_t i) TEMPOPS_INLINE {
+            each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE {
               word key;
               if constexpr (K == 3)
                 key = std::max(std::max(above[i], here[i]), below[i]);
@@ -429,7 +429,7 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
               __builtin_prefetch(to.past + c + 2 * x.st);
               __builtin_prefetch(to.y + c + y.st, 1);
             };
-            each(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE { to(0, c, maximum[c]); });
+            each<lanes_of<scalar>>(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE { to(0, c, maximum[c]); });
           }
         };
         if constexpr (in_place) {
@@ -456,7 +456,7 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
           best_keys.resize(x.W * pitch);
         }
         const auto fill = [&](int64_t i) TEMPOPS_INLINE {
-          keys->fill(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+          keys->template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
             return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return to_key(load(from[c])); };
           });
         };
@@ -524,11 +524,11 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
             scalar* __restrict dst = frame + to;
             const acc* __restrict added = sum + at, * __restrict taken = here + at;
             if (!pooled)
-              each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(-taken[i]); });
+              each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(-taken[i]); });
             else if (!subtracted)
-              each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i]); });
+              each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i]); });
             else
-              each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
+              each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
           });
         };
         pipeline(b, radius, radius, tiling.band, row_stage, column_stage, gather_stage);
@@ -575,7 +575,7 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
             const scalar* __restrict src = past + from;
             const acc* __restrict taken = from_column + at;
             scalar* __restrict dst = frame + to;
-            each(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(taken[i] - load(src[i])); });
+            each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(taken[i] - load(src[i])); });
           });
         };
         pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});

@@ -130,7 +130,7 @@ TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, 
       const acc by[] = {a[m][r]...};
       const scalar* const from[] = {x[m] + r * pitch...};
       scalar* to = out.data + r * out.pitch;
-      each(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m] * load(from[m][i])))); });
+      each<lanes_of<scalar>>(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m] * load(from[m][i])))); });
     }
     return;
   }
@@ -138,7 +138,7 @@ TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, 
   for (int64_t r = 0; r < tile.rows; ++r) {
     const scalar* const from[] = {x[m] + r * pitch...};
     scalar* to = out.data + r * out.pitch;
-    each(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m][i] * load(from[m][i])))); });
+    each<lanes_of<scalar>>(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m][i] * load(from[m][i])))); });
   }
 }
 
@@ -163,7 +163,7 @@ TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const s
       for (int64_t begin = 0; begin < tile.length; begin += kChunk) {
         const int64_t end = std::min(begin + kChunk, tile.length);
         acc sums[M] = {};
-        add_up(sums, end - begin, [=](int64_t i, acc& q0, acc& q1, acc& q2) TEMPOPS_INLINE {
+        add_up<lanes_of<scalar>>(sums, end - begin, [=](int64_t i, acc& q0, acc& q1, acc& q2) TEMPOPS_INLINE {
           const acc v = load(h[begin + i]);
           q0 += v * load(x0[begin + i]);
           if constexpr (M > 1) q1 += v * load(x1[begin + i]);
