@@ -23,8 +23,8 @@ TEMPOPS_INLINE inline acc sum_of_lanes(const acc (&lane)[lanes]) {
 template <int64_t lanes = kLanes, int M, class acc, class F>
 TEMPOPS_INLINE inline void add_up(acc (&sums)[M], int64_t n, const F& f) {
   alignas(64) acc total[3][lanes] = {};
-  const auto add = [&]<int64_t... step>(std::integer_sequence<int64_t, step...>, int64_t i,
-                                        int64_t width) TEMPOPS_INLINE {
+  const auto add = [&]<int64_t... step>(std::integer_sequence<int64_t, step...>, int64_t i, int64_t width)
+                       TEMPOPS_INLINE {
     _Pragma("omp simd") for (int64_t lane = 0; lane < width; ++lane) {
       acc first = 0, second = 0, third = 0;  // written out: an array would keep the loop from being vectorised
       (f(i + step * lanes + lane, first, second, third), ...);

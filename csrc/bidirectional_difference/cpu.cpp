@@ -172,8 +172,9 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
           } else {
             scalar* __restrict dst = past < t ? y_past : y_future;
             const scalar* __restrict src = past < t ? x_past : x_future;
-            each<lanes_of<scalar>>(count, fetch,
-                 [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (load(src[p]) - product(p))); });
+            each<lanes_of<scalar>>(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
+              dst[p] = store<scalar>(sign * (load(src[p]) - product(p)));
+            });
           }
         }
       }
@@ -293,8 +294,9 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
                 __builtin_prefetch(to.forward + c + forward.st, 1);
                 __builtin_prefetch(to.backward + c + backward.st, 1);
               };
-              each<lanes_of<scalar>>(b.channels, fetch,
-                   [&](int64_t c) TEMPOPS_INLINE { Put<scalar, to_past(), to_future()>{to}(0, c, product[c]); });
+              each<lanes_of<scalar>>(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
+                Put<scalar, to_past(), to_future()>{to}(0, c, product[c]);
+              });
             }
           }
         });
@@ -450,8 +452,9 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
             const ProductPlanar<acc> product{planes.at(b, c), taps.data() + c * kTaps, columns.data(), x.W};
             scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
             with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
-              each<lanes_of<scalar>>(count,
-                   [&](int64_t p) TEMPOPS_INLINE { dst[p] = store<scalar>(sign * (value(begin + p) - product(p))); });
+              each<lanes_of<scalar>>(count, [&](int64_t p) TEMPOPS_INLINE {
+                dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
+              });
             });
           }
         }
@@ -492,8 +495,8 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
           const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, b.c, b.c);
           const auto fill = [&](int64_t i) TEMPOPS_INLINE {
             with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
-              strip.template fill<lanes_of<scalar>>(b, i, x.H,
-                         [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
+              strip.template fill<lanes_of<scalar>>(
+                  b, i, x.H, [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
             });
             if (!partials) return;
             strip_x.template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
@@ -522,8 +525,9 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
                 const acc* __restrict product = row.data() + j * pitch;
                 scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
                 const auto here = value.at(p * forward.sp, p * backward.sp);
-                each<lanes_of<scalar>>(b.channels,
-                     [&](int64_t c) TEMPOPS_INLINE { dst[c] = store<scalar>(sign * (here(c) - product[c])); });
+                each<lanes_of<scalar>>(b.channels, [&](int64_t c) TEMPOPS_INLINE {
+                  dst[c] = store<scalar>(sign * (here(c) - product[c]));
+                });
               }
             });
           }

@@ -528,7 +528,8 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
             else if (!subtracted)
               each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i]); });
             else
-              each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
+              each<lanes_of<scalar>>(count,
+                                     [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
           });
         };
         pipeline(b, radius, radius, tiling.band, row_stage, column_stage, gather_stage);
@@ -575,7 +576,8 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
             const scalar* __restrict src = past + from;
             const acc* __restrict taken = from_column + at;
             scalar* __restrict dst = frame + to;
-            each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(taken[i] - load(src[i])); });
+            each<lanes_of<scalar>>(count,
+                                   [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(taken[i] - load(src[i])); });
           });
         };
         pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});

@@ -130,7 +130,8 @@ TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, 
       const acc by[] = {a[m][r]...};
       const scalar* const from[] = {x[m] + r * pitch...};
       scalar* to = out.data + r * out.pitch;
-      each<lanes_of<scalar>>(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m] * load(from[m][i])))); });
+      each<lanes_of<scalar>>(
+          tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m] * load(from[m][i])))); });
     }
     return;
   }
@@ -138,7 +139,8 @@ TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, 
   for (int64_t r = 0; r < tile.rows; ++r) {
     const scalar* const from[] = {x[m] + r * pitch...};
     scalar* to = out.data + r * out.pitch;
-    each<lanes_of<scalar>>(tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m][i] * load(from[m][i])))); });
+    each<lanes_of<scalar>>(
+        tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m][i] * load(from[m][i])))); });
   }
 }
 
