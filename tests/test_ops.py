@@ -434,6 +434,24 @@ def test_compile(case, backend, layout):
 
 @cases
 @compiled
+def test_direct_calls_have_the_gradient_of_eager(case, backend):
+    """Entries of torch.ops, of which the public function may call another one where a gradient is recorded."""
+    torch.manual_seed(0)
+    entry, arguments = recorded(case, backend, layouts(case)[0])[0]
+    arguments = detached(arguments)
+    torch.manual_seed(0)
+    x, n_segment, *others = make(case, SMALL, layouts(case)[0])
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    outs = as_tuple(entry(*arguments))
+    grads = [random_like(out) for out in outs]
+    with tempops.backend("eager"):
+        expected = torch.autograd.grad(as_tuple(case.call(x, n_segment, *others)), (x, *others), grads)
+    for mine, eager in zip(torch.autograd.grad(outs, tensors, grads), expected, strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-9, atol=1e-9)
+
+
+@cases
+@compiled
 def test_autocast(case, backend):
     """The other floating arguments follow x; what behaves as conv2d follows autocast."""
     x, n_segment, *others = make(case, BASE, layouts(case)[0], torch.float32)

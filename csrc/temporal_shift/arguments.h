@@ -1,7 +1,10 @@
 // temporal_shift: which frame each channel group reads. Shared by the CPU and CUDA kernels.
 #pragma once
 
+#include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../common.h"
 
@@ -25,6 +28,19 @@ inline Shift shift_of(int64_t C, int64_t fold_div, const std::string& mode) {
   TEMPOPS_CHECK(fold_div >= least, "fold_div must be at least ", least, " for mode='", mode, "', got ", fold_div);
   if (causal) return {C / fold_div, -1, 0};
   return {C / fold_div, bidirectional ? 1 : -1, bidirectional ? -1 : 1};
+}
+
+// Raises unless the elements of x are known to lie apart: each stride past all that the smaller ones reach.
+inline void check_apart(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> sides;  // stride, size
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) > 1) sides.emplace_back(x.stride(d), x.size(d));
+  std::sort(sides.begin(), sides.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : sides) {
+    TEMPOPS_CHECK(stride > reach || x.numel() == 0, "x must not overlap itself to be shifted in place");
+    reach += stride * (size - 1);
+  }
 }
 
 }  // namespace tempops

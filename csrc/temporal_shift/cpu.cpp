@@ -153,6 +153,7 @@ Tensor temporal_shift_backward(const Tensor& grad, Segments n_segment, int64_t f
 
 void temporal_shift_(const Tensor& x_, Segments n_segment, int64_t fold_div, const std::string& mode) {
   const Clip x = clips(x_, n_segment);
+  check_apart(x_);
   shift_in_place(x, shift_of(x.C, fold_div, mode));
   if (x.tensor.get() != x_.get()) {  // x had to be copied to be read
     Tensor target = x_;

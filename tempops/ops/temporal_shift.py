@@ -56,7 +56,7 @@ def temporal_shift_(x: Tensor, n_segment: int | None = None, fold_div: int = 8, 
     """The same as :func:`temporal_shift`, in place: only the shifted channels are touched.
 
     It differentiates as any in-place function does: `x` may be no leaf that requires a gradient, and no tensor that an
-    earlier op keeps for its backward. `x` must not overlap itself (an expanded tensor). Returns `x`.
+    earlier op keeps for its backward. `x` must not overlap itself (an expanded tensor, sliding windows). Returns `x`.
     """
     _check_inplace(x, n_segment, fold_div, mode)
     namespace = None if is_transformed() else _backend.namespace(x.device.type, "temporal_shift_")
@@ -102,8 +102,18 @@ def _reference(x: Tensor, n_segment: int | None, fold_div: int, mode: str) -> Te
 
 def _check_inplace(x, n_segment, fold_div, mode) -> None:
     _check(x, n_segment, fold_div, mode)
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+    if _may_overlap(x):
         raise ValueError(f"x must not overlap itself to be shifted in place, got strides {x.stride()}")
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """Whether a stride does not pass all that the smaller ones reach. True of some views whose elements lie apart."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
 
 
 def _reference_inplace(x: Tensor, n_segment: int | None, fold_div: int, mode: str) -> Tensor:
