@@ -152,6 +152,8 @@ DIRECT = {
     "frames": lambda ops: ops.frame_difference(X, 5),
     "frames gradient": lambda ops: ops.frame_difference_backward(X, 5, 2, 9, 12),
     "gate widths": lambda ops: ops.channel_motion_gate(P, P[:2], P[:3], P[:2].t(), 4),
+    "gate features": lambda ops: ops.channel_motion_gate_backward(
+        P, P, P[:2], P[:2], P[:2].t(), P, P[:, :3], P[:, :2], 4, *[True] * 4),
     "conv1x1": lambda ops: ops.shift_conv1x1(X, CONV[:, :8], None, 4),
     "conv1x1 gradient": lambda ops: ops.shift_conv1x1_backward(X, X[:4], CONV, 4, 8, "causal", False, False, False),
 }  # fmt: skip
