@@ -17,11 +17,6 @@ inline bool has_page_pixels(const Clip& x) {
   return x.channels_last && x.sp * static_cast<int64_t>(x.tensor.element_size()) >= 4096;
 }
 
-// Whether a clip is so large that what is read or written next has to be fetched beforehand.
-inline bool is_far(const Clip& x) {
-  return x.N * x.T * x.C * x.P * static_cast<int64_t>(x.tensor.element_size()) > (1 << 24);
-}
-
 // How the frames of a clip are cut: blocks of channels, and strips of rows where one plane is large.
 struct Strips {
   // Elements of a frame in a block: a planar one fits the first-level cache, a channels_last one the second.

@@ -159,9 +159,9 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
           scalar* __restrict y_past = frames_forward(b.n, past) + c * forward.sc + begin;
           scalar* __restrict y_future = frames_backward(b.n, future) + c * backward.sc + begin;
           const auto fetch = [&](int64_t p) TEMPOPS_INLINE {
-            __builtin_prefetch(x_future + p + x.st);
-            __builtin_prefetch(y_past + p + forward.st, 1);
-            __builtin_prefetch(y_future + p + backward.st, 1);
+            fetch_to_read(x_future + p);
+            fetch_to_write(y_past + p);
+            fetch_to_write(y_future + p);
           };
           if (past < t && future > t) {
             each<lanes_of<scalar>>(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
@@ -236,7 +236,7 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
   using acc = acc_t<scalar>;
   constexpr bool in_place = std::is_same_v<scalar, acc>;
   const Strips strips = Strips::of_long_pixels(x);
-  const bool at_once = in_place && has_page_pixels(x), far = is_far(x);
+  const bool at_once = in_place && has_page_pixels(x);
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
@@ -289,10 +289,9 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
               const Written<scalar> to = written.at(i * x.W + j);
               const acc* __restrict product = row.data() + j * pitch;
               const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
-                if (!far) return;
-                __builtin_prefetch(to.future + c + x.st);
-                __builtin_prefetch(to.forward + c + forward.st, 1);
-                __builtin_prefetch(to.backward + c + backward.st, 1);
+                fetch_to_read(to.future + c);
+                fetch_to_write(to.forward + c);
+                fetch_to_write(to.backward + c);
               };
               each<lanes_of<scalar>>(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
                 Put<scalar, to_past(), to_future()>{to}(0, c, product[c]);

@@ -33,8 +33,8 @@ struct Frame {
   TEMPOPS_INLINE Frame(const Clip& x, int64_t n, int64_t t) : data(x.frame<scalar>(n, t)), sc(x.sc), sp(x.sp) {}
 };
 
-// Brings elements that are needed soon to the second-level cache: a block is a short piece of each of many frames,
-// which no prefetcher foresees.
+// Brings elements that are needed soon to the second-level cache: the rows of a block end before the processor has
+// foreseen them.
 template <class scalar>
 TEMPOPS_INLINE inline void prefetch(const scalar* data, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(scalar)) __builtin_prefetch(data + i, 0, 2);
@@ -42,20 +42,24 @@ TEMPOPS_INLINE inline void prefetch(const scalar* data, int64_t count) {
 
 // Adjacent pixels of a planar frame.
 struct PlanarBlock {
-  static constexpr int64_t kBytes = 196608, kChannels = 16, kAhead = 4;
+  static constexpr int64_t kBytes = 196608, kChannels = 16, kChannelsAhead = 4;
   static constexpr int64_t kWhole = 1 << 20;  // a frame up to this size is one run of memory, read without pieces
   static constexpr int64_t kLeast = 128;      // shorter rows cost more than a block that leaves the second-level cache
-  int64_t C, first, pixels, following;        // following: those of the frame's next block, at most as many
+  int64_t C, first, pixels;
 
   static int64_t count(const Clip& x) {
     const int64_t channels = x.C * x.tensor.element_size();
     if (x.P <= kSlots && x.P * channels <= kWhole) return 1;
-    const int64_t fit = std::clamp<int64_t>(kBytes / channels, kLeast, kSlots);
-    return (x.P + fit - 1) / fit;
+    const int64_t fit = std::clamp<int64_t>(kBytes / channels, kLeast, kSlots) / kLanes;
+    return (steps(x) + fit - 1) / fit;
+  }
+  // Blocks begin at whole steps: rows of a plane are mostly aligned.
+  TEMPOPS_INLINE static int64_t steps(const Clip& x) {
+    return (x.P + kLanes - 1) / kLanes;
   }
   TEMPOPS_INLINE PlanarBlock(const Clip& x, int64_t blocks, int64_t index)
-      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first),
-        following(std::min(pixels, x.P - first - pixels)) {}
+      : C(x.C), first(index * steps(x) / blocks * kLanes),
+        pixels(std::min((index + 1) * steps(x) / blocks * kLanes, x.P) - first) {}
   template <class scalar>
   TEMPOPS_INLINE static int64_t at(const Frame<scalar>& frame, int64_t c, int64_t pixel) {
     return c * frame.sc + pixel;
@@ -69,8 +73,8 @@ struct PlanarBlock {
       const scalar* __restrict b = next.data + at(next, c, first);
       const scalar* __restrict g = grad.data + at(grad, c, first);
       for (size_t i = 0; i < count.size(); ++i) {
-        prefetch(b + i * next.sc + pixels, following);
-        if constexpr (with_grad) prefetch(g + i * grad.sc + pixels, following);
+        prefetch(b + (i + kChannelsAhead) * next.sc, pixels);
+        if constexpr (with_grad) prefetch(g + (i + kChannelsAhead) * grad.sc, pixels);
       }
       _Pragma("omp simd") for (int64_t p = 0; p < pixels; ++p) {
         acc_t<scalar> ab = 0, bb = 0, gb = 0;
@@ -101,7 +105,7 @@ struct PlanarBlock {
       scalar* __restrict row = out.data + at(out, c, first);
       const scalar* source[terms];
       for (int k = 0; k < terms; ++k) source[k] = frames[k].data + at(frames[k], c, first);
-      if (c + kAhead < C) prefetch(row + kAhead * out.sc, pixels);
+      prefetch(row + kChannelsAhead * out.sc, pixels);
       _Pragma("omp simd") for (int64_t p = 0; p < pixels; ++p) {
         acc_t<scalar> sum = factors[0][p] * load(source[0][p]);
         for (int k = 1; k < terms; ++k) sum += factors[k][p] * load(source[k][p]);
@@ -113,16 +117,15 @@ struct PlanarBlock {
 
 // Adjacent pixels of a channels_last frame.
 struct ChannelsLastBlock {
-  static constexpr int64_t kBytes = 16384, kChannels = 256, kFew = 128;
-  int64_t C, first, pixels, following;  // following: those of the frame's next block, at most as many
+  static constexpr int64_t kBytes = 16384, kChannels = 256, kElementsAhead = 1024, kFew = 128;
+  int64_t C, first, pixels;
 
   static int64_t count(const Clip& x) {
     const int64_t fit = std::clamp<int64_t>(kBytes / (x.C * x.tensor.element_size()), 1, kSlots);
     return (x.P + fit - 1) / fit;
   }
   TEMPOPS_INLINE ChannelsLastBlock(const Clip& x, int64_t blocks, int64_t index)
-      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first),
-        following(std::min(pixels, x.P - first - pixels)) {}
+      : C(x.C), first(index * x.P / blocks), pixels((index + 1) * x.P / blocks - first) {}
   template <class scalar>
   TEMPOPS_INLINE static int64_t at(const Frame<scalar>& frame, int64_t c, int64_t pixel) {
     return pixel * frame.sp + c;
@@ -132,17 +135,16 @@ struct ChannelsLastBlock {
   TEMPOPS_INLINE void add(double* __restrict dot, double* __restrict square, double* __restrict product,
                           Frame<scalar> here, Frame<scalar> next, Frame<scalar> grad) const {
     for (int64_t p = 0; p < pixels; ++p) {
-      if (p < following) {
-        prefetch(next.data + at(next, 0, first + pixels + p), C);
-        if constexpr (with_grad) prefetch(grad.data + at(grad, 0, first + pixels + p), C);
-      }
       const scalar* a = here.data + at(here, 0, first + p);
       const scalar* b = next.data + at(next, 0, first + p);
       const scalar* g = grad.data + at(grad, 0, first + p);
       const auto sum = [&]<int64_t lanes>(std::integral_constant<int64_t, lanes>) TEMPOPS_INLINE {
         for (int64_t c = 0; c < C; c += kChannels) {
+          const int64_t count = std::min(kChannels, C - c);
+          prefetch(b + c + kElementsAhead, count);
+          if constexpr (with_grad) prefetch(g + c + kElementsAhead, count);
           acc_t<scalar> sums[with_grad ? 3 : 2] = {};
-          add_up<lanes>(sums, std::min(kChannels, C - c), [=](int64_t i, auto& ab, auto& bb, auto& gb) TEMPOPS_INLINE {
+          add_up<lanes>(sums, count, [=](int64_t i, auto& ab, auto& bb, auto& gb) TEMPOPS_INLINE {
             const acc_t<scalar> value = load(b[c + i]);
             ab += load(a[c + i]) * value;
             bb += value * value;

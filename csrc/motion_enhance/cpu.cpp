@@ -122,16 +122,17 @@ TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
   return std::bit_cast<acc>(flip(key));
 }
 
-// Fills rows [first, last) of a buffer with convert(element) of a frame of x. The frame after it is fetched into the
+// Fills rows [first, last) of a buffer with convert(element) of a frame of x. What is read next is fetched into the
 // cache meanwhile, and the same place of `next`, a frame of y, where a later stage writes.
 template <class scalar, class element, class F>
 TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const scalar* frame, const Clip& y, const scalar* next,
                                      const Block& b, int64_t first, int64_t last, const F& convert) {
+  const int64_t ahead = x.channels_last ? x.st : kAhead;  // pixels' few channels are too far apart
   each_run(x, y, b, first, last, [&](int64_t from, int64_t next_from, int64_t at, int64_t n) TEMPOPS_INLINE {
     const scalar* __restrict src = frame + from;
     element* __restrict dst = to + at;
     const auto fetch = [&](int64_t i) TEMPOPS_INLINE {
-      __builtin_prefetch(src + i + x.st);
+      __builtin_prefetch(src + i + ahead);
       __builtin_prefetch(next + next_from + i, 1);
     };
     each<lanes_of<scalar>>(n, fetch, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
@@ -406,7 +407,7 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
   using word = word_t<acc>;
   constexpr bool in_place = std::is_same_v<scalar, acc>;
   const Strips strips = Strips::of_long_pixels(x);
-  const bool page_pixels = has_page_pixels(x), far = is_far(x);
+  const bool page_pixels = has_page_pixels(x);
   const Frames<scalar> frames_x(x), frames_y(y);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
     const int64_t pitch = strips.channels;
@@ -425,9 +426,8 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
             const Enhanced<scalar> to = enhanced.at(i * x.W + j);
             const auto* __restrict maximum = row + j * pitch;
             const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
-              if (!far) return;
-              __builtin_prefetch(to.past + c + 2 * x.st);
-              __builtin_prefetch(to.y + c + y.st, 1);
+              __builtin_prefetch(to.past + c + x.st + 2 * x.W * x.sp);
+              fetch_to_write(to.y + c);
             };
             each<lanes_of<scalar>>(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE { to(0, c, maximum[c]); });
           }
