@@ -172,6 +172,7 @@ struct ChannelsLastBlock {
         source[k] = frames[k].data + at(frames[k], 0, first + p);
         factor[k] = factors[k][p];
       }
+      prefetch(row + kElementsAhead, C);
       _Pragma("omp simd") for (int64_t c = 0; c < C; ++c) {
         acc_t<scalar> sum = factor[0] * load(source[0][c]);
         for (int k = 1; k < terms; ++k) sum += factor[k] * load(source[k][c]);
