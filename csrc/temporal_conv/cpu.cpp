@@ -130,8 +130,13 @@ TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, 
       const acc by[] = {a[m][r]...};
       const scalar* const from[] = {x[m] + r * pitch...};
       scalar* to = out.data + r * out.pitch;
-      each<lanes_of<scalar>>(
-          tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m] * load(from[m][i])))); });
+      const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
+        fetch_to_read(from[sizeof...(m) - 1] + i);
+        fetch_to_write(to + i);
+      };
+      each<lanes_of<scalar>>(tile.length, fetch, [=](int64_t i) TEMPOPS_INLINE {
+        to[i] = store<scalar>((... + (by[m] * load(from[m][i]))));
+      });
     }
     return;
   }
@@ -139,8 +144,13 @@ TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, 
   for (int64_t r = 0; r < tile.rows; ++r) {
     const scalar* const from[] = {x[m] + r * pitch...};
     scalar* to = out.data + r * out.pitch;
-    each<lanes_of<scalar>>(
-        tile.length, [=](int64_t i) TEMPOPS_INLINE { to[i] = store<scalar>((... + (by[m][i] * load(from[m][i])))); });
+    const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
+      fetch_to_read(from[sizeof...(m) - 1] + i);
+      fetch_to_write(to + i);
+    };
+    each<lanes_of<scalar>>(tile.length, fetch, [=](int64_t i) TEMPOPS_INLINE {
+      to[i] = store<scalar>((... + (by[m][i] * load(from[m][i]))));
+    });
   }
 }
 
