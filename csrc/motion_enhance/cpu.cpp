@@ -426,7 +426,7 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
             const Enhanced<scalar> to = enhanced.at(i * x.W + j);
             const auto* __restrict maximum = row + j * pitch;
             const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
-              __builtin_prefetch(to.past + c + x.st + 2 * x.W * x.sp);
+              __builtin_prefetch(to.past + c + x.st + 2 * x.W * x.sp);  // the last row of the next row's windows
               fetch_to_write(to.y + c);
             };
             each<lanes_of<scalar>>(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE { to(0, c, maximum[c]); });

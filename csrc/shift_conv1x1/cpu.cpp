@@ -55,9 +55,9 @@ TEMPOPS_INLINE inline void pack_pixels(scalar* panels, const Clip& x, const Grou
           const int64_t length = std::min(columns - at % columns, piece.at + piece.length - at);
           scalar* __restrict to = panels + at / columns * size + (k - k0) * columns + at % columns;
           const scalar* __restrict row = from + k * x.sc + (at - piece.at);
-          if (inside)  // a channel's pixels of one pass are too few for the processor to foresee the next
-            for (int64_t j = 0; j < columns; j += 64 / sizeof(scalar))
-              __builtin_prefetch(row + kPanels * columns + j, 0, 2);
+          // A channel's pixels of one pass are too few for the processor to foresee the next.
+          for (int64_t j = 0; inside && j < columns; j += 64 / sizeof(scalar))
+            __builtin_prefetch(row + kPanels * columns + j, 0, 2);
           if (!inside)
             for (int64_t j = 0; j < length; ++j) to[j] = 0;
           else if (length == columns)
