@@ -7,17 +7,18 @@ namespace tempops {
 
 constexpr int64_t kLanes = 16;  // elements of a step; one AVX-512 vector of floats
 
-// How far a loop fetches ahead of itself what it reads or writes: the short rows of a block end before the processor
-// has foreseen them.
-constexpr int64_t kAhead = 256;
+// How far a loop fetches ahead of itself what it reads or writes, 1 KiB: the short rows of a block end before the
+// processor has foreseen them.
+template <class scalar>
+constexpr int64_t kAhead = 1024 / sizeof(scalar);
 
 template <class scalar>
 TEMPOPS_INLINE inline void fetch_to_read(const scalar* next) {
-  __builtin_prefetch(next + kAhead);
+  __builtin_prefetch(next + kAhead<scalar>);
 }
 template <class scalar>
 TEMPOPS_INLINE inline void fetch_to_write(const scalar* next) {
-  __builtin_prefetch(next + kAhead, 1);
+  __builtin_prefetch(next + kAhead<scalar>, 1);
 }
 
 // Where the frames of a clip are: what a lambda copies in place of a Clip with its Tensor.

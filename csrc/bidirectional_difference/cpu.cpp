@@ -45,16 +45,17 @@ struct Planes {
   TEMPOPS_INLINE acc* at(const StripBlock& b, int64_t c) {
     return memory.data() + (c - b.c) * plane + W + 1;
   }
-  // Fills rows [begin - 1, end + 1) of a channel from value(offset in the plane), in steps of `lanes`. Rows outside the
-  // plane are zero.
-  template <int64_t lanes, class F>
-  TEMPOPS_INLINE void fill(const StripBlock& b, int64_t c, int64_t H, const F& value) {
+  // Fills rows [begin - 1, end + 1) of a channel from value(offset in the plane), in steps of `lanes`, before each of
+  // which comes hint(offset). Rows outside the plane are zero.
+  template <int64_t lanes, class Hint, class F>
+  TEMPOPS_INLINE void fill(const StripBlock& b, int64_t c, int64_t H, const Hint& hint, const F& value) {
     const int64_t lo = std::max<int64_t>(0, b.begin - 1), hi = std::min(H, b.end + 1), from = lo * W;
     acc* first = at(b, c);
     if (lo == b.begin && hi > b.end) std::fill_n(first - W, W, acc(0));
     if (hi == b.end && lo < b.begin) std::fill_n(first + (b.end - b.begin) * W, W, acc(0));
     acc* __restrict dst = first + (lo - b.begin) * W;
-    each<lanes>((hi - lo) * W, [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
+    each<lanes>((hi - lo) * W, [&](int64_t i) TEMPOPS_INLINE { hint(from + i); },
+                [&](int64_t i) TEMPOPS_INLINE { dst[i] = value(from + i); });
   }
 };
 
@@ -150,7 +151,8 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
           const scalar* frame = frames_x(b.n, t) + c * x.sc;
-          planes.template fill<lanes_of<scalar>>(b, c, x.H, [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
+          planes.template fill<lanes_of<scalar>>(b, c, x.H, [](int64_t) TEMPOPS_INLINE {},
+                                                 [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
         }
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
           const ProductPlanar<acc> product{planes.at(b, c), w + c * kTaps, columns.data(), x.W};
@@ -334,6 +336,10 @@ struct Sum {
   TEMPOPS_INLINE Sum at(int64_t at_a, int64_t at_b) const {
     return {has_a ? a + at_a : a, has_b ? b + at_b : b};
   }
+  TEMPOPS_INLINE void fetch(int64_t i) const {
+    if constexpr (has_a) fetch_to_read(a + i);
+    if constexpr (has_b) fetch_to_read(b + i);
+  }
 };
 template <class scalar, class F>
 TEMPOPS_INLINE inline void with_sum(const scalar* a, const scalar* b, const F& f) {
@@ -436,12 +442,15 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
           };
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
             const Gradients<scalar> g = gradients(c);
-            with_sum(g.product_past, g.product_future,
-                     [&](auto value) TEMPOPS_INLINE { planes.template fill<lanes_of<scalar>>(b, c, x.H, value); });
+            with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
+              const auto fetch = [&](int64_t p) TEMPOPS_INLINE { value.fetch(p); };
+              planes.template fill<lanes_of<scalar>>(b, c, x.H, fetch, value);
+            });
             if (!partials) continue;
             const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
             acc* __restrict dst = planes_x.at(b, c);
-            each<lanes_of<scalar>>(count, [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
+            each<lanes_of<scalar>>(count, [&](int64_t p) TEMPOPS_INLINE { fetch_to_read(src + p); },
+                                   [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
           }
           for (int64_t c = b.c; c < b.c + b.channels; ++c) {
             if (partials)
@@ -451,7 +460,11 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
             const ProductPlanar<acc> product{planes.at(b, c), taps.data() + c * kTaps, columns.data(), x.W};
             scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
             with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
-              each<lanes_of<scalar>>(count, [&](int64_t p) TEMPOPS_INLINE {
+              const auto fetch = [&](int64_t p) TEMPOPS_INLINE {
+                value.fetch(begin + p);
+                fetch_to_write(dst + p);
+              };
+              each<lanes_of<scalar>>(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
                 dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
               });
             });

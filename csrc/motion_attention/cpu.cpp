@@ -1,5 +1,5 @@
 // motion_attention on the CPU: one pass over memory, so what counts is that the exponential vectorises.
-#include "../cpu.h"
+#include "../lanes.h"
 #include "arguments.h"
 
 namespace tempops {
@@ -103,10 +103,14 @@ Tensor motion_attention(const Tensor& x_, const Tensor& forward, const Tensor& b
         const scalar* __restrict b = runs.at<scalar>(behind, piece);
         scalar* __restrict out = runs.at<scalar>(y, piece);
         const int64_t size = runs.size(piece);
-        _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) {
+        const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
+          for (const scalar* from : {source, f, b}) fetch_to_read(from + i);
+          fetch_to_write(out + i);
+        };
+        each<lanes_of<scalar>>(size, fetch, [=](int64_t i) TEMPOPS_INLINE {
           const acc sum = Sigmoid<scalar>(load(f[i])).value + Sigmoid<scalar>(load(b[i])).value;
           out[i] = store<scalar>(load(source[i]) * (base + acc(0.5) * sum));
-        }
+        });
       }
     });
   });
@@ -149,13 +153,19 @@ std::tuple<Tensor, Tensor, Tensor> motion_attention_backward(const Tensor& grad,
         acc* __restrict dx = target[0];
         acc* __restrict df = target[1];
         acc* __restrict db = target[2];
-        _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) {
+        const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
+          if constexpr (std::is_same_v<scalar, acc>) {
+            for (const acc* from : {source, f, b, g}) fetch_to_read(from + i);
+            for (acc* to : {dx, df, db}) fetch_to_write(to + i);
+          }
+        };
+        each(size, fetch, [=](int64_t i) TEMPOPS_INLINE {
           const Sigmoid<scalar> to_next(f[i]), to_previous(b[i]);
           const acc half = acc(0.5) * g[i] * source[i];
           dx[i] = g[i] * (base + acc(0.5) * (to_next.value + to_previous.value));
           df[i] = half * to_next.slope;
           db[i] = half * to_previous.slope;
-        }
+        });
         if constexpr (!std::is_same_v<scalar, acc>)
           for (int k = 0; k < 3; ++k) {
             if (!needed[k]) continue;

@@ -127,7 +127,7 @@ TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
 template <class scalar, class element, class F>
 TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const scalar* frame, const Clip& y, const scalar* next,
                                      const Block& b, int64_t first, int64_t last, const F& convert) {
-  const int64_t ahead = x.channels_last ? x.st : kAhead;  // pixels' few channels are too far apart
+  const int64_t ahead = x.channels_last ? 4 * x.sp : kAhead<scalar>;  // a pixel's channels are few: pixels ahead
   each_run(x, y, b, first, last, [&](int64_t from, int64_t next_from, int64_t at, int64_t n) TEMPOPS_INLINE {
     const scalar* __restrict src = frame + from;
     element* __restrict dst = to + at;

@@ -1,7 +1,7 @@
 // temporal_shift on the CPU: only memory moves, so every dtype is moved as unsigned integers of its size.
 #include "shifted.h"
 
-#include "../cpu.h"
+#include "../lanes.h"
 
 namespace tempops {
 namespace {
@@ -15,13 +15,19 @@ std::array<Group, 3> groups(const Shift& shift, int64_t C) {
           Group{2 * shift.fold, C, 0}};
 }
 
-// src and dst of `count` elements; a null src is a frame outside the clip.
+// dst = src, `count` elements that do not overlap; a null src is a frame outside the clip.
 template <class word>
-TEMPOPS_INLINE inline void move(word* dst, const word* src, int64_t count) {
-  if (src)
-    std::memmove(dst, src, count * sizeof(word));
-  else
+TEMPOPS_INLINE inline void move(word* __restrict dst, const word* __restrict src, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(word);
+  if (!src) {
     std::memset(dst, 0, count * sizeof(word));
+    return;
+  }
+  const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
+    fetch_to_read(src + i);
+    fetch_to_write(dst + i);
+  };
+  each<kLine>(count, fetch, [=](int64_t i) TEMPOPS_INLINE { dst[i] = src[i]; });
 }
 
 // A pixel's few channels: a loop that vectorises beats a call.
