@@ -1,6 +1,8 @@
-// channel_motion_gate on the CPU. A clip is a few frames, so a product with a small weight takes less time than ATen
-// takes to begin: those are made here, the others by ATen. What lies between the products is one loop over the clips.
-#include "../gemm.h"
+// channel_motion_gate on the CPU. A clip is a few frames: the products of the forward read each weight once for all of
+// them, which ATen's are not made for. Those of the backward are ATen's.
+#include <limits>
+
+#include "../sigmoid.h"
 #include "../sums.h"
 #include "gate.h"
 
@@ -89,59 +91,116 @@ acc* data(const Tensor& x) {
   return static_cast<acc*>(x.data_ptr());
 }
 
-// Whether a product with this weight, or whose result it is, was measured faster here than in ATen.
-bool is_small(int64_t rows, int64_t columns) {
-  return rows * columns <= (1 << 15);
+// y [frames, M] = f(x [frames, K] W^T) for each of the weights. An element of W meets a vector of frames, so x is
+// turned first: it is small. W's rows may be a power of two apart and push each other out of the first-level cache, so
+// a tile of them is copied, a block at a time; sums of the blocks' sums keep float32 as exact as a pairwise sum.
+template <bool wide, size_t products, class acc, class F>
+void rows_times_rows(const std::array<acc*, products>& results, const acc* x,
+                     const std::array<const acc*, products>& weights, int64_t frames, int64_t K, int64_t M,
+                     const F& f) {
+  constexpr int rows = wide ? 16 : 6, columns = 64 / sizeof(acc);  // a tile that stays in registers
+  constexpr int64_t kBlock = 64, kLine = 64 / sizeof(acc);
+  const int64_t panels = (frames + columns - 1) / columns, stride = panels * columns;
+  Scratch<acc> turned(K * stride);
+  for (int64_t k0 = 0; k0 < K; k0 += kLine)
+    for (int64_t t = 0; t < frames; ++t)
+      for (int64_t k = k0; k < std::min(K, k0 + kLine); ++k) turned[k * stride + t] = x[t * K + k];
+  const acc* across = turned.data();
+  const int64_t tiles = (M + rows - 1) / rows;
+  parallel(products * tiles, rows * K * frames / 16, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    Scratch<acc> totals(rows * stride);
+    alignas(64) acc block[rows][kBlock] = {};
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t m = tile % tiles * rows, height = std::min<int64_t>(rows, M - m);
+      const acc* weight = weights[tile / tiles];
+      acc* y = results[tile / tiles];
+      std::fill(totals.begin(), totals.end(), acc(0));
+      for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+        const int64_t depth = std::min(kBlock, K - k0);
+        for (int64_t i = 0; i < height; ++i) {
+          const acc* __restrict row = weight + (m + i) * K + k0;
+          for (int64_t j = 0; j < kBlock; j += kLine) __builtin_prefetch(row + kBlock + j);
+          if (depth == kBlock)
+            _Pragma("omp simd") for (int k = 0; k < kBlock; ++k) block[i][k] = row[k];
+          else
+            for (int64_t k = 0; k < depth; ++k) block[i][k] = row[k];
+        }
+        for (int64_t t = 0; t < stride; t += columns) {
+          const acc* __restrict many = across + k0 * stride + t;
+          acc sum[rows][columns] = {};
+          for (int64_t k = 0; k < depth; ++k)
+            _Pragma("GCC unroll 16") for (int i = 0; i < rows; ++i)
+                _Pragma("omp simd") for (int j = 0; j < columns; ++j) sum[i][j] += block[i][k] * many[k * stride + j];
+          acc* __restrict total = &totals[t * rows];
+          for (int i = 0; i < rows; ++i)
+            _Pragma("omp simd") for (int j = 0; j < columns; ++j) total[i * columns + j] += sum[i][j];
+        }
+      }
+      _Pragma("omp simd") for (int64_t i = 0; i < rows * stride; ++i) totals[i] = f(totals[i]);
+      for (int64_t t = 0; t < frames; ++t) {
+        const acc* total = &totals[t / columns * rows * columns + t % columns];
+        for (int64_t i = 0; i < height; ++i) y[t * M + m + i] = total[i * columns];
+      }
+    }
+  });
+}
+
+// f(x W^T) for each of the weights, which have one shape.
+template <class F, class... Weights>
+auto through(const F& f, const Tensor& x, const Weights&... weights) {
+  constexpr size_t products = sizeof...(weights);
+  const std::array<const Tensor*, products> given = {&weights...};
+  const int64_t frames = x.size(0), K = x.size(1), M = given[0]->size(0);
+  std::array<Tensor, products> results = {
+      (static_cast<void>(weights), torch::stable::new_empty(x, std::array<int64_t, 2>{frames, M}))...};
+  by_accumulator(x.scalar_type(), [&](auto* type) {
+    using acc = std::remove_pointer_t<decltype(type)>;
+    const auto run_tiles =
+        isa() == Isa::avx512 ? rows_times_rows<true, products, acc, F> : rows_times_rows<false, products, acc, F>;
+    std::array<acc*, products> to;
+    std::array<const acc*, products> from;
+    for (size_t i = 0; i < products; ++i) to[i] = data<acc>(results[i]), from[i] = data<acc>(*given[i]);
+    run_tiles(to, data<acc>(x), from, frames, K, M, f);
+  });
+  return results;
+}
+
+// Whether `through` was measured faster than ATen, which needs more frames to be at its best.
+bool is_few(const Tensor& x) {
+  return x.size(0) <= 32;
 }
 
 }  // namespace
 
-// A row of weights meets all frames at once, so x is turned first: it is small.
-Tensor linear(const Tensor& x, const Tensor& weight) {
-  const int64_t frames = x.size(0), K = x.size(1), M = weight.size(0);
-  if (!is_small(M, K)) return matrix_product(x, torch::stable::transpose(weight, 0, 1));
-  const Tensor out = torch::stable::new_empty(x, std::array<int64_t, 2>{frames, M});
+std::array<Tensor, 2> features(const Tensor& x, const Tensor& w1, const Tensor& w2) {
+  if (!is_few(x)) return {linear(x, w1), linear(x, w2)};
+  return through([](auto sum) TEMPOPS_INLINE { return sum; }, x, w1, w2);
+}
+
+Tensor gates(const Tensor& x, const Tensor& w) {
+  const auto gate = [](auto sum) TEMPOPS_INLINE {
+    using acc = decltype(sum);
+    const acc value = Sigmoid<acc>(sum).value;
+    return value < std::numeric_limits<acc>::min() ? 0 : value;  // arithmetic with subnormals is slow
+  };
+  if (is_few(x)) return through(gate, x, w)[0];
+  const Tensor out = linear(x, w);
   by_accumulator(x.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
-    const acc* from = data<acc>(x);
-    std::vector<acc> turned(K * frames);
-    for (int64_t t = 0; t < frames; ++t)
-      for (int64_t k = 0; k < K; ++k) turned[k * frames + t] = from[t * K + k];
-    product(data<acc>(out), 1, M, data<acc>(weight), K, 1, turned.data(), frames, M, frames, K);
+    parallel(out.numel(), 4, [y = data<acc>(out), gate](int64_t begin, int64_t end) TEMPOPS_INLINE {
+      _Pragma("omp simd") for (int64_t i = begin; i < end; ++i) y[i] = gate(y[i]);
+    });
   });
   return out;
 }
 
-Tensor over_frames(const Tensor& a, const Tensor& b) {
-  const int64_t frames = a.size(0), M = a.size(1), N = b.size(1);
-  if (!is_small(M, N)) return matrix_product(torch::stable::transpose(a, 0, 1), b);
-  const Tensor out = torch::stable::new_empty(a, std::array<int64_t, 2>{M, N});
-  by_accumulator(a.scalar_type(), [&](auto* type) {
+void add(const Tensor& sum, const Tensor& more) {
+  by_accumulator(sum.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
-    product(data<acc>(out), N, 1, data<acc>(a), 1, M, data<acc>(b), N, M, N, frames);
+    parallel(sum.numel(), 1, [to = data<acc>(sum), from = data<acc>(more)](int64_t begin, int64_t end) TEMPOPS_INLINE {
+      add_scaled(to + begin, acc(1), from + begin, end - begin);
+    });
   });
-  return out;
-}
-
-Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to) {
-  const int64_t frames = x.size(0), K = x.size(1), N = weight.size(1);
-  if (!is_small(K, N)) {
-    const Tensor out = matrix_product(x, weight);
-    if (to)
-      by_accumulator(x.scalar_type(), [&](auto* type) {
-        using acc = std::remove_pointer_t<decltype(type)>;
-        parallel(frames, N,
-                 [sum = data<acc>(out), more = data<acc>(*to), N](int64_t begin, int64_t end)
-                     TEMPOPS_INLINE { add_scaled(sum + begin * N, acc(1), more + begin * N, (end - begin) * N); });
-      });
-    return out;
-  }
-  const Tensor out = to ? *to : torch::stable::new_empty(x, std::array<int64_t, 2>{frames, N});
-  by_accumulator(x.scalar_type(), [&](auto* type) {
-    using acc = std::remove_pointer_t<decltype(type)>;
-    product(data<acc>(out), N, 1, data<acc>(x), K, 1, data<acc>(weight), N, frames, N, K, to != nullptr);
-  });
-  return out;
 }
 
 Tensor mixed(const Tensor& z, const Tensor& k, int64_t T) {

@@ -94,24 +94,21 @@ Tensor square(const Tensor& z, int64_t T) {
 
 }  // namespace
 
-Tensor linear(const Tensor& x, const Tensor& weight) {
-  return matrix_product(x, torch::stable::transpose(weight, 0, 1));
+std::array<Tensor, 2> features(const Tensor& x, const Tensor& w1, const Tensor& w2) {
+  return {linear(x, w1), linear(x, w2)};
 }
 
-Tensor over_frames(const Tensor& a, const Tensor& b) {
-  return matrix_product(torch::stable::transpose(a, 0, 1), b);
+Tensor gates(const Tensor& x, const Tensor& w) {
+  return aten("aten::sigmoid_", "", linear(x, w));
 }
 
-Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to) {
-  const Tensor out = matrix_product(x, weight);
-  if (!to) return out;
-  const DeviceGuard guard(x);
-  by_accumulator(x, [&](auto* type) {
+void add(const Tensor& sum, const Tensor& more) {
+  const DeviceGuard guard(sum);
+  by_accumulator(sum, [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
-    const int64_t size = out.numel();
-    launch(guard, add_kernel<acc>, {blocks_for(size)}, data<acc>(out), data<acc>(*to), size);
+    const int64_t size = sum.numel();
+    launch(guard, add_kernel<acc>, {blocks_for(size)}, data<acc>(sum), data<acc>(more), size);
   });
-  return out;
 }
 
 Tensor mixed(const Tensor& z, const Tensor& k, int64_t T) {

@@ -13,16 +13,26 @@ inline Tensor matrix_product(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-// --- what cpu.cpp and cuda.cu each define for their library; dense tensors of one type ---
-
 // x W^T for x [frames, K] and W [M, K].
-Tensor linear(const Tensor& x, const Tensor& weight);
+inline Tensor linear(const Tensor& x, const Tensor& weight) {
+  return matrix_product(x, torch::stable::transpose(weight, 0, 1));
+}
 
 // a^T b for a [frames, M] and b [frames, N].
-Tensor over_frames(const Tensor& a, const Tensor& b);
+inline Tensor over_frames(const Tensor& a, const Tensor& b) {
+  return matrix_product(torch::stable::transpose(a, 0, 1), b);
+}
 
-// x W for x [frames, K] and W [K, N], added to `to` where that is given.
-Tensor times(const Tensor& x, const Tensor& weight, const Tensor* to = nullptr);
+// --- what cpu.cpp and cuda.cu each define for their library; dense tensors of one type ---
+
+// z = linear(x, w1) and k = linear(x, w2), weights of one shape.
+std::array<Tensor, 2> features(const Tensor& x, const Tensor& w1, const Tensor& w2);
+
+// sigmoid(linear(x, w)).
+Tensor gates(const Tensor& x, const Tensor& w);
+
+// sum += more.
+void add(const Tensor& sum, const Tensor& more);
 
 // z_t + sum_j d_tj z_j with d_t the softmax over j of -k_t.k_j, j over the T frames of t's clip; z and k [frames, R].
 Tensor mixed(const Tensor& z, const Tensor& k, int64_t T);
@@ -75,8 +85,8 @@ inline std::tuple<Tensor, Tensor, Tensor> channel_motion_gate_forward(const Tens
                                                                       const Tensor& w2, const Tensor& w3,
                                                                       int64_t n_segment) {
   const Gate g = gate_of(pooled, w1, w2, w3, n_segment);
-  const Tensor z = linear(g.pooled, g.w1), k = linear(g.pooled, g.w2);
-  return {rounded(aten("aten::sigmoid_", "", linear(mixed(z, k, g.T), g.w3)), g), z, k};
+  const auto [z, k] = features(g.pooled, g.w1, g.w2);
+  return {rounded(gates(mixed(z, k, g.T), g.w3), g), z, k};
 }
 
 inline Tensor channel_motion_gate(const Tensor& pooled, const Tensor& w1, const Tensor& w2, const Tensor& w3,
@@ -98,18 +108,18 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> channel_motion_gate_backward(
   const Tensor z = dense_argument(z_, g.pooled, "z"), k = dense_argument(k_, g.pooled, "k");
   // A result rounded to half the bits says too little of its slope a (1 - a).
   const bool exact = output.scalar_type() == z.scalar_type();
-  const Tensor gate =
-      exact ? dense_argument(output, pooled, "output") : aten("aten::sigmoid_", "", linear(mixed(z, k, g.T), g.w3));
+  const Tensor gate = exact ? dense_argument(output, pooled, "output") : gates(mixed(z, k, g.T), g.w3);
   const Tensor dlogits = aten("aten::sigmoid_backward", "", widened(grad, pooled, "grad"), gate);
   Tensor dpooled = no_gradient(pooled), dw1 = no_gradient(w1), dw2 = no_gradient(w2), dw3 = no_gradient(w3);
   if (need_w3) dw3 = rounded(over_frames(dlogits, mixed(z, k, g.T)), g);
   if (need_pooled || need_w1 || need_w2) {
-    const auto [dz, dk] = mixed_backward(times(dlogits, g.w3), z, k, g.T);
+    const auto [dz, dk] = mixed_backward(matrix_product(dlogits, g.w3), z, k, g.T);
     if (need_w1) dw1 = rounded(over_frames(dz, g.pooled), g);
     if (need_w2) dw2 = rounded(over_frames(dk, g.pooled), g);
     if (need_pooled) {
-      const Tensor through_z = times(dz, g.w1);
-      dpooled = rounded(times(dk, g.w2, &through_z), g);
+      const Tensor sum = matrix_product(dz, g.w1);
+      add(sum, matrix_product(dk, g.w2));
+      dpooled = rounded(sum, g);
     }
   }
   return {dpooled, dw1, dw2, dw3};

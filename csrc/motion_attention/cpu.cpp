@@ -1,45 +1,10 @@
 // motion_attention on the CPU: one pass over memory, so what counts is that the exponential vectorises.
 #include "../lanes.h"
+#include "../sigmoid.h"
 #include "arguments.h"
 
 namespace tempops {
 namespace {
-
-// exp for |x| <= 88, beyond which x is clamped; NaN stays NaN. x = n ln 2 + r, 2^n is made in the exponent bits, and
-// exp(r) is a polynomial, fitted for |r| <= ln 2 / 2 by the least largest relative error: 3e-9, or 3e-6 where the
-// result is rounded to 16 bits, which saves a fifth of the time.
-template <bool narrow>
-TEMPOPS_INLINE inline float exponential(float x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the low bits
-  x = x < -87.f ? -87.f : x;
-  x = x > 88.f ? 88.f : x;
-  const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
-  if constexpr (narrow) {
-    const float r = x - n * 0.693147181f;
-    return (1.f + r * (9.9996671e-01f + r * (5.0003026e-01f + r * (1.6787710e-01f + r * 4.1513518e-02f)))) * power;
-  } else {
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    const float q = 4.9999993e-1f + r * (1.6666520e-1f + r * (4.1668391e-2f + r * (8.3687451e-3f + r * 1.3814540e-3f)));
-    return (1.f + (r + r * r * q)) * power;
-  }
-}
-template <bool narrow>
-TEMPOPS_INLINE inline double exponential(double x) {
-  return std::exp(x > 700. ? 700. : x);
-}
-
-template <class scalar>
-struct Sigmoid {
-  acc_t<scalar> value, slope;
-
-  // With e = exp(-x): 1 / (1 + e) and its derivative e / (1 + e)^2, which loses no digits where the value is near 1.
-  TEMPOPS_INLINE explicit Sigmoid(acc_t<scalar> x) {
-    const acc_t<scalar> e = exponential<sizeof(scalar) == 2>(-x);
-    value = 1 / (1 + e);
-    slope = e * value * value;
-  }
-};
 
 // Elements in the type that is computed in, converted into the buffer where theirs is another: with seven tensors,
 // loops that convert and loops that compute take 0.6x the time of one that mixes element sizes. The next piece is

@@ -2,7 +2,7 @@
 // written. float16 and bfloat16 run the shift, then ATen's convolution, which has instructions for them.
 #include <limits>
 
-#include "../gemm.h"
+#include "../cpu.h"
 #include "convolution.h"
 
 namespace tempops {
@@ -22,6 +22,25 @@ Groups groups_of(const Shift& shift, int64_t C) {
 constexpr int64_t kDepth = 256;  // channels summed before the next are packed
 constexpr int64_t kPanels = 4;   // panels of pixels packed at a time
 constexpr int64_t kRows = 192;   // pixels gathered at a time: with kDepth channels they fit the second-level cache
+
+// Rows and columns of a tile: two 64-byte registers of columns with AVX-512, of 32 bytes elsewhere.
+template <class acc, bool wide>
+struct Tile {
+  static constexpr int rows = wide ? 8 : 6;
+  static constexpr int columns = (wide ? 128 : 64) / sizeof(acc);
+};
+
+// sum [rows][columns] += A B over `terms`: A(i, k) = a[i][k * a_step], B(k, j) = b[k * b_step + j].
+template <int rows, int columns, class acc>
+TEMPOPS_INLINE inline void multiply_add(acc (&sum)[rows][columns], const acc* const (&a)[rows], int64_t a_step,
+                                        const acc* __restrict b, int64_t b_step, int64_t terms) {
+  for (int64_t k = 0; k < terms; ++k) {
+    _Pragma("GCC unroll 8") for (int i = 0; i < rows; ++i) {
+      const acc factor = a[i][k * a_step];
+      _Pragma("omp simd") for (int j = 0; j < columns; ++j) sum[i][j] += factor * b[k * b_step + j];
+    }
+  }
+}
 
 // A run of pixels inside one frame, `at` columns into a panel.
 struct Piece {
