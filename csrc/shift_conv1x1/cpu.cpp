@@ -242,11 +242,12 @@ void convolve(const Clip& y, const Clip& x, const Weight<scalar>& weight, const 
   }
 }
 
-// Where the fused product was measured faster than a shift and ATen's convolution: while a core's second-level cache
-// holds the weights. Half types and processors without wide registers are left to ATen.
+// Where the fused product was measured faster than a shift and ATen's convolution: while the weights are few beside
+// what is read. Half types and processors without wide registers are left to ATen.
 bool is_fused(const Clip& x, int64_t Cout) {
   const bool half = x.dtype == ScalarType::Half || x.dtype == ScalarType::BFloat16;
-  return !half && isa() != Isa::baseline && x.C * Cout <= (1 << 18);
+  const int64_t most = x.channels_last ? 1 << 16 : 1 << 17;
+  return !half && isa() != Isa::baseline && x.C * Cout <= most;
 }
 
 // y = W shift(x) + bias, clamped. `transposed` reads weight [C, Cout] as its transpose.
