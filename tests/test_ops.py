@@ -103,6 +103,23 @@ def test_pools(backend, pool, layout):
     assert_as_good_as_eager(case, backend, make(case, Shape(1, 2, 15, 17, 16), layout, torch.float32))
 
 
+@compiled
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_many_frames(backend, dtype):
+    """channel_motion_gate of more frames than it makes the products of by itself."""
+    case = next(case for case in CASES if case.name == "channel_motion_gate")
+    assert_as_good_as_eager(case, backend, make(case, Shape(5, 8, 50, 1, 1), layouts(case)[0], dtype))
+
+
+@compiled
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_deep_products(backend, layout):
+    """shift_conv1x1 of more channels than it sums up in one go: bias and ReLU come with the last of them."""
+    case = next(case for case in CASES if case.name == "shift_conv1x1-relu")
+    case = dataclasses.replace(case, others=lambda s, make: (make(s.C // 4, s.C, 1, 1), make(s.C // 4)))
+    assert_as_good_as_eager(case, backend, make(case, Shape(1, 3, 300, 5, 7), layout, torch.float32))
+
+
 @cases
 @compiled
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -465,8 +482,9 @@ def test_autocast(case, backend):
 
 
 @compiled
-@pytest.mark.parametrize("channels", (16, 1024))  # the products with larger weights are PyTorch's
-def test_direct_calls_ignore_autocast(backend, channels):
+# The products of many frames and with large weights are PyTorch's.
+@pytest.mark.parametrize("shape", (Shape(1, 2, 16, 2, 2), Shape(5, 8, 1040, 1, 1)), ids=str)
+def test_direct_calls_ignore_autocast(backend, shape):
     """Entries of torch.ops answer in the dtype of their arguments, whatever their kernels call."""
     entries = torch.ops.tempops_triton if backend == "triton" else torch.ops.tempops
     by_name = {case.name: case for case in CASES}
@@ -475,7 +493,7 @@ def test_direct_calls_ignore_autocast(backend, channels):
         "shift_conv1x1": lambda x, t, weight: entries.shift_conv1x1(x, weight, None, t),
     }
     for name, call in calls.items():
-        x, t, *others = make(by_name[name], Shape(1, 2, channels, 2, 2), layouts(by_name[name])[0], torch.float32)
+        x, t, *others = make(by_name[name], shape, layouts(by_name[name])[0], torch.float32)
         arguments = [a.detach().requires_grad_() for a in (x, *others)]
         results = []
         for enabled in (False, True):
