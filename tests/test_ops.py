@@ -20,7 +20,7 @@ from tempops.ops._contract import Shape
 
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 compiled = pytest.mark.parametrize("backend", COMPILED)
-FRAMES = next(case for case in CASES if case.op == "frame_difference")
+NAMED = {case.name: case for case in CASES}
 SMALL = Shape(2, 3, 4, 3, 4)
 # Triton's interpreter is slow, so what checks entries rather than values has one case an op there, and one clip;
 # test_double_backward_is_that_of_eager has them all.
@@ -99,7 +99,7 @@ def test_shapes(case, backend, shape):
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_pools(backend, pool, layout):
     """Windows that do not cut the plane evenly, and those that threads share."""
-    case = dataclasses.replace(FRAMES, call=lambda x, t: tempops.frame_difference(x, 5, pool))
+    case = dataclasses.replace(NAMED["frame_difference"], call=lambda x, t: tempops.frame_difference(x, 5, pool))
     assert_as_good_as_eager(case, backend, make(case, Shape(1, 2, 15, 17, 16), layout, torch.float32))
 
 
@@ -107,7 +107,7 @@ def test_pools(backend, pool, layout):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_many_frames(backend, dtype):
     """channel_motion_gate of more frames than it makes the products of by itself."""
-    case = next(case for case in CASES if case.name == "channel_motion_gate")
+    case = NAMED["channel_motion_gate"]
     assert_as_good_as_eager(case, backend, make(case, Shape(5, 8, 50, 1, 1), layouts(case)[0], dtype))
 
 
@@ -115,8 +115,9 @@ def test_many_frames(backend, dtype):
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_deep_products(backend, layout):
     """shift_conv1x1 of more channels than it sums up in one go: bias and ReLU come with the last of them."""
-    case = next(case for case in CASES if case.name == "shift_conv1x1-relu")
-    case = dataclasses.replace(case, others=lambda s, make: (make(s.C // 4, s.C, 1, 1), make(s.C // 4)))
+    case = dataclasses.replace(
+        NAMED["shift_conv1x1-relu"], others=lambda s, make: (make(s.C // 4, s.C, 1, 1), make(s.C // 4))
+    )
     assert_as_good_as_eager(case, backend, make(case, Shape(1, 3, 300, 5, 7), layout, torch.float32))
 
 
@@ -487,13 +488,12 @@ def test_autocast(case, backend):
 def test_direct_calls_ignore_autocast(backend, shape):
     """Entries of torch.ops answer in the dtype of their arguments, whatever their kernels call."""
     entries = torch.ops.tempops_triton if backend == "triton" else torch.ops.tempops
-    by_name = {case.name: case for case in CASES}
     calls = {
         "channel_motion_gate": lambda x, t, *weights: entries.channel_motion_gate(x, *weights, t),
         "shift_conv1x1": lambda x, t, weight: entries.shift_conv1x1(x, weight, None, t),
     }
     for name, call in calls.items():
-        x, t, *others = make(by_name[name], shape, layouts(by_name[name])[0], torch.float32)
+        x, t, *others = make(NAMED[name], shape, layouts(NAMED[name])[0], torch.float32)
         arguments = [a.detach().requires_grad_() for a in (x, *others)]
         results = []
         for enabled in (False, True):
