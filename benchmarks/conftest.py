@@ -82,6 +82,11 @@ def device(request: pytest.FixtureRequest):
     return request.config.stash[devices.key]
 
 
+@pytest.fixture(scope="session")
+def bar(request: pytest.FixtureRequest) -> "Bar":
+    return request.config.pluginmanager.get_plugin("bar")
+
+
 @pytest.fixture
 def in_time(request: pytest.FixtureRequest) -> None:
     """Skips what would begin after --minutes."""
@@ -104,7 +109,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if session.items and not config.option.collectonly:
-        config.pluginmanager.register(Bar(config, len(session.items)))
+        config.pluginmanager.register(Bar(config, len(session.items)), "bar")
 
 
 class Bar:
@@ -121,7 +126,10 @@ class Bar:
         self.tqdm = tqdm(total=total, bar_format=form, dynamic_ncols=True, leave=False, disable=not self.shown)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.tqdm.set_description_str(nodeid.partition("[")[2].rstrip("]"))
+        self.say(nodeid.partition("[")[2].rstrip("]"))
+
+    def say(self, what: str) -> None:
+        self.tqdm.set_description_str(what)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.tqdm.update()

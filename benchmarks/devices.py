@@ -2,17 +2,17 @@
 
 import itertools
 import math
-import statistics
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import pytest
 import torch
 from activations import FRAMES, SIZES
 from cases import why_not
+from turns import Prepared, clocked, seconds_in_turns
 
 from tempops import _backend
 
@@ -20,7 +20,7 @@ key = pytest.StashKey["Cpu"]()  # of pytest's configuration: the device of this 
 
 
 class Cpu:
-    """One call after the other by the host's clock, through pytest-benchmark; memory is warm."""
+    """One call after the other by the host's clock, the implementations in turns; memory is warm."""
 
     type = "cpu"
     dtypes = ("float32",)
@@ -31,10 +31,11 @@ class Cpu:
     compiled_last = False  # so that a run cut short has the rest
     minutes = math.inf  # after which a default run skips what is left
     fits_pixels = False  # whether a kernel can keep the channels of a few pixels on chip, and read them once
+    in_turns = True  # whether all that is compared at a point is timed together
     note = "Medians, all memory warm."
 
-    SECONDS = 0.1  # of timed calls
-    ROUNDS = (5, 100)  # at least, at most
+    SECONDS = 0.03  # of timed calls in a turn
+    ROUNDS = (2, 33)  # at least, at most
 
     def tested(self, op: str) -> tuple[str, ...]:
         """The back ends that run an op here."""
@@ -48,22 +49,18 @@ class Cpu:
         """How many sets of tensors the calls take in turn."""
         return 1
 
-    def seconds(self, calls: list[Callable], request: pytest.FixtureRequest) -> float | None:
-        """The median of a call; None where pytest-benchmark is disabled."""
-        (prepared,) = calls
-        benchmark = request.getfixturevalue("benchmark")
+    def seconds(self, prepared: Mapping[str, Prepared]) -> dict[str, list[float]]:
+        """The times of the calls of each implementation."""
+        rounds = {name: self._rounds(each) for name, each in prepared.items()}
+        return seconds_in_turns(prepared, rounds)
 
-        def call() -> None:
-            prepared()  # the results are dropped: kept through the next round, they would have it write to cold memory
-
-        call()  # compiles, or touches memory for the first time
-        call()
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        rounds = min(max(int(self.SECONDS / once), self.ROUNDS[0]), self.ROUNDS[1])
-        benchmark.pedantic(call, rounds=rounds)
-        return benchmark.stats.stats.median if benchmark.enabled else None
+    def _rounds(self, prepared: Prepared) -> int:
+        """How many calls to time in a turn, after two that warm up."""
+        (call,) = prepared.calls
+        with prepared.chosen():
+            call()  # compiles, or touches memory for the first time
+            once = clocked(call)
+        return min(max(math.ceil(self.SECONDS / once), self.ROUNDS[0]), self.ROUNDS[1])
 
     def synchronize(self) -> None:
         """Waits for the device, and raises what has gone wrong on it."""
@@ -89,6 +86,7 @@ class Cuda(Cpu):
     compiled_last = True
     minutes = 7.5
     fits_pixels = True
+    in_turns = False
     note = "Device time: medians of graph replays, buffers taken in turn so that no call finds its data in the cache."
 
     ELEMENTS = 2**25
@@ -110,7 +108,14 @@ class Cuda(Cpu):
     def buffers(self, traffic: int) -> int:
         return min(max(2, math.ceil(3 * self.cache / traffic)), self.BUFFERS)
 
-    def seconds(self, calls: list[Callable], request: pytest.FixtureRequest) -> float:
+    def seconds(self, prepared: Mapping[str, Prepared]) -> dict[str, list[float]]:
+        seconds = {}
+        for name, each in prepared.items():
+            with each.chosen():
+                seconds[name] = self._seconds(each.calls)
+        return seconds
+
+    def _seconds(self, calls: list[Callable]) -> list[float]:
         for call in (*calls, *calls, *calls):  # compiles, tunes, creates handles
             call()
         count = math.ceil(self.CALLS / len(calls)) * len(calls)
@@ -130,9 +135,9 @@ class Cuda(Cpu):
             graph.replay()
             event.record()
         torch.cuda.synchronize()
-        times = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+        times = [before.elapsed_time(after) / 1e3 / count for before, after in itertools.pairwise(events)]
         graph.reset()
-        return statistics.median(times) / 1e3 / count
+        return times
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -171,11 +176,8 @@ class Rehearsal(Cuda):
     def frames(self, shape: str) -> int:
         return FRAMES
 
-    def seconds(self, calls: list[Callable], request: pytest.FixtureRequest) -> float:
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        return (time.perf_counter() - start) / len(calls)
+    def _seconds(self, calls: list[Callable]) -> list[float]:
+        return [clocked(call) for call in calls]
 
     def synchronize(self) -> None:
         pass

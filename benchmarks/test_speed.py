@@ -1,14 +1,18 @@
 """Every op, forward and backward, beside eager PyTorch, torch.compile and a copy of the same bytes.
 
-Each implementation runs three times before it is timed. The implementations of a comparison run one right after the
-other, except that on a GPU what torch.compile makes comes last. Backward is `torch.autograd.grad` of every tensor
-argument, with a fixed random gradient and the graph retained. What a call costs the host is a figure of its own.
+Each implementation runs twice or more before it is timed. On the CPU the implementations of a comparison take turns; on
+a GPU one is timed after the other, what torch.compile makes at the end of the run. Backward is `torch.autograd.grad` of
+every tensor argument, with a fixed random gradient and the graph retained. What a call costs the host is a figure of
+its own.
 """
 
+import concurrent.futures
 import functools
-import gc
+import multiprocessing
+import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,6 +25,7 @@ from activations import SIZES, activations
 from cases import CASES, Case
 from report import DIRECTIONS, LAYOUTS, Overhead, Row
 from torch import Tensor
+from turns import Clock, Prepared, compared, gc_paused, parameters_of
 
 import tempops
 from tempops.ops._contract import Shape
@@ -34,6 +39,7 @@ COMPILED = {"256x56": "contiguous", "1024x14": "channels_last", "15x224": "conti
 FIRST = ("256x56", "15x224")  # those of them at which it is also timed in other dtypes, and with max-autotune
 MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # the graph is the benchmark's own
 
+clock = Clock()
 KILOBYTE = Shape(1, 4, 16, 2, 2)  # in float32
 CALLS, ROUNDS = 500, 9  # of the median of the host's time of a call
 
@@ -140,22 +146,50 @@ def test_call(device, overheads, in_time, op: str, implementation: str) -> None:
 
 def _host_seconds(call: Callable, device: devices.Cpu) -> float:
     device.synchronize()
-    gc.disable()
-    try:
+    with gc_paused():
         start = time.perf_counter()
         for _ in range(CALLS):
             call()
         return (time.perf_counter() - start) / CALLS
-    finally:
-        gc.enable()
 
 
-@pytest.mark.benchmark(disable_gc=True)
+@pytest.fixture(scope="session")
+def compiled_ahead(request: pytest.FixtureRequest, bar) -> None:
+    """On the CPU, fills torch.compile's cache on all cores: one compilation at a time would double the run's time."""
+    device = request.config.stash[devices.key]
+    points = [
+        Point(*(parameters[field] for field in Point._fields))
+        for parameters in parameters_of(request.session)
+        if parameters["implementation"] in device.compiled and "shape" in parameters
+    ]
+    processes = min(os.cpu_count() or 1, len(points) // 3, 8)
+    if not device.in_turns or request.config.getoption("benchmark_disable") or processes < 2:
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
+        compiled = [pool.submit(compile_ahead, point) for point in points]
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(compiled)):
+                bar.say(f"torch.compile, {done + 1} of {len(points)}")
+                if error := future.exception():
+                    warnings.warn(f"torch.compile ahead of its turn failed: {error!r}", stacklevel=1)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def compile_ahead(point: Point) -> None:
+    """In a process of its own."""
+    prepare("compile", devices.Cpu(), point).once()
+
+
+@pytest.mark.benchmark(timer=clock)
 def test_speed(
+    benchmark,
     request,
     device,
     rows,
     in_time,
+    compiled_ahead,
     op: str,
     direction: str,
     layout: str,
@@ -164,17 +198,23 @@ def test_speed(
     implementation: str,
 ) -> None:
     point = Point(op, direction, layout, dtype, shape)
-    sets, traffic = inputs(device, point)
     back_ends = device.tested(TIMED[op].op)
-    with tempops.backend(implementation if implementation in back_ends else "eager"):
-        seconds = device.seconds(prepare(implementation, device, point, sets, traffic), request)
-    if seconds is None:
-        return
+    together = compared(request.session, **point._asdict()) if device.in_turns else (implementation,)
+    if benchmark.disabled:
+        return prepare(implementation, device, point).once()
+    clock.tell(benchmark, measured(device, point, together)[implementation])
+    seconds, traffic = benchmark.stats.stats.median, inputs(device, point)[1]
     # A baseline's time goes into the row of every back end.
     for back_end in back_ends:
         if implementation not in back_ends or implementation == back_end:
             row = rows.setdefault((point, back_end), Row(*point, back_end, TIMED[op].matmul, traffic))
             row.seconds["tempops" if implementation == back_end else implementation] = seconds
+
+
+@functools.lru_cache(maxsize=1)
+def measured(device: devices.Cpu, point: Point, together: tuple[str, ...]) -> dict[str, list[float]]:
+    """The times of the implementations that are timed together."""
+    return device.seconds({name: prepare(name, device, point) for name in together})
 
 
 @functools.lru_cache(maxsize=1)
@@ -225,15 +265,14 @@ def _repeated(device: devices.Cpu, shape: str) -> Tensor:
     return torch.cat([frames.roll(i * SEGMENTS, 0) for i in range(repeats)]) if repeats > 1 else frames
 
 
-def prepare(
-    implementation: str, device: devices.Cpu, point: Point, sets: list[Set], traffic: int
-) -> list[Callable[[], object]]:
-    """What is timed: a function of no arguments for each set."""
+def prepare(implementation: str, device: devices.Cpu, point: Point) -> Prepared:
+    sets, traffic = inputs(device, point)
     if implementation == "copy":  # reads half of the bytes, writes the other half
         sources = [torch.ones(traffic // 2 // 4, device=device.type) for _ in sets]
-        return [functools.partial(torch.empty_like(source).copy_, source) for source in sources]
+        return Prepared(None, [functools.partial(torch.empty_like(source).copy_, source) for source in sources])
 
     case = TIMED[point.op]
+    backend = implementation if implementation in device.tested(case.op) else "eager"
     call = case.conv if implementation == "conv" else case.call
     if implementation in MODES:
         torch.compiler.reset()
@@ -241,16 +280,16 @@ def prepare(
             torch._inductor.config.compile_threads = 1
         call = torch.compile(call, fullgraph=True, dynamic=False, mode=MODES[implementation])
     if point.direction == "forward":
-        return [functools.partial(call, x, SEGMENTS, *others) for x, others, _ in sets]
+        return Prepared(backend, [functools.partial(call, x, SEGMENTS, *others) for x, others, _ in sets])
 
     calls = []
     for x, others, grads in sets:
         # A compiled backward may otherwise overwrite what the graph keeps.
-        with torch._functorch.config.patch(donated_buffer=False):
+        with tempops.backend(backend), torch._functorch.config.patch(donated_buffer=False):
             outputs = _tuple(call(x, SEGMENTS, *others))
         arguments = [x, *(other for other in others if isinstance(other, Tensor))]
         calls.append(functools.partial(torch.autograd.grad, outputs, arguments, grads, retain_graph=True))
-    return calls
+    return Prepared(backend, calls)
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

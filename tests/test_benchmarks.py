@@ -4,12 +4,15 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tempops import _backend
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -27,10 +30,11 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess:
 @needs_extras
 def test_a_rehearsal_fills_the_report(tmp_path):
     """Everything of a run on a GPU but the timing: sets of tensors, every baseline, the report, the README's table."""
-    report = tmp_path / "report.json"
+    report, rounds = tmp_path / "report.json", tmp_path / "rounds.json"
     select = "(frame_difference or shift_conv1x1 or gate) and not autotune"
     select += " and (test_call or bfloat16 and (15x224 or 2048x7))"
-    run = benchmarks("--device", "rehearsal", "--report", str(report), "-k", select)
+    files = ("--report", str(report), "--benchmark-json", str(rounds))
+    run = benchmarks("--device", "rehearsal", *files, "-k", select)
     assert run.returncode == 0, run.stdout[-4000:]
     written = json.loads(report.read_text())
     rows = {(row["op"], row["direction"], row["layout"]): row for row in written["rows"]}
@@ -39,6 +43,11 @@ def test_a_rehearsal_fills_the_report(tmp_path):
         expected = {"tempops", "eager", "copy"} | ({"conv"} if op == "shift_conv1x1" else set())
         compiled = {"compile"} if op == "frame_difference" and row["layout"] == "contiguous" else set()
         assert row["seconds"].keys() == expected | compiled and all(t > 0 for t in row["seconds"].values())
+    timed = {tuple(b["params"].values()): b["stats"] for b in json.loads(rounds.read_text())["benchmarks"]}
+    for (op, direction, layout), row in rows.items():
+        for name, seconds in row["seconds"].items():
+            point = op, direction, layout, row["dtype"], row["shape"], "cpu" if name == "tempops" else name
+            assert timed[point]["median"] == seconds and timed[point]["rounds"] > 1
     elements = 16 * 2048 * 7 * 7
     assert rows["cosine_gate", "forward", "channels_last"]["bytes"] == 2 * 2 * elements
     assert rows["cosine_gate", "forward", "contiguous"]["bytes"] == 3 * 2 * elements
@@ -61,10 +70,47 @@ def test_a_gpu_that_is_not_there_is_said():
 
 
 @needs_extras
+def test_turns(monkeypatch):
+    """The implementations take turns, each under its back end, and pytest-benchmark is told the times of its own."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import turns
+
+    called, told = [], []
+
+    def call(name):
+        called.append((name, _backend._choice.name))
+        ticks[0] += {"eager": 3.0, "tempops": 1.0}[name]
+
+    ticks = [0.0]
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: ticks[0])
+    prepared = {
+        "eager": turns.Prepared("eager", [lambda: call("eager")]),
+        "tempops": turns.Prepared(None, [lambda: call("tempops")]),
+    }
+    seconds = turns.seconds_in_turns(prepared, {"eager": 1, "tempops": 2})
+    assert called == 3 * [("eager", "eager"), *2 * [("tempops", None)]]
+    assert seconds == {"eager": [3.0] * 3, "tempops": [1.0] * 6}
+
+    clock = turns.Clock()
+
+    class Benchmark:
+        def pedantic(self, target, rounds):
+            for _ in range(rounds):
+                start = clock()
+                target()
+                told.append(clock() - start)
+            target()  # as pytest-benchmark does, for the result
+
+    clock.tell(Benchmark(), [0.5, 0.25, 1.0])
+    assert told == [0.5, 0.25, 1.0]
+
+
+@needs_extras
 def test_device_time(monkeypatch):
-    """The figure is the median of the replays over the calls of a graph, and every buffer has its turn in it."""
+    """The times are those of the replays over the calls of a graph, and every buffer has its turn in it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import devices
+    import turns
 
     calls, replays, ticks = [], [], itertools.count()
 
@@ -96,8 +142,9 @@ def test_device_time(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(devices.Cuda, "__init__", lambda self: None)
-    seconds = devices.Cuda().seconds([lambda i=i: calls.append(i) for i in range(3)], None)
-    assert calls == [0, 1, 2] * 4 and seconds == pytest.approx(0.024 / 12)
+    prepared = turns.Prepared(None, [lambda i=i: calls.append(i) for i in range(3)])
+    seconds = devices.Cuda().seconds({"op": prepared})["op"]
+    assert calls == [0, 1, 2] * 4 and statistics.median(seconds) == pytest.approx(0.024 / 12)
 
 
 def test_sizes_for_a_gpu(monkeypatch):
