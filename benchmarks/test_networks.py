@@ -71,4 +71,4 @@ def prepare(implementations: tuple[str, ...], device: Cpu, name: str, direction:
         device.synchronize()
 
     call = {"forward": forward, "training": training}[direction]
-    return {name: Prepared("eager" if name == "eager" else None, [call]) for name in implementations}
+    return {each: Prepared("eager" if each == "eager" else None, [call]) for each in implementations}
