@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "../map.h"
 #include "../sums.h"
 #include "arguments.h"
 
@@ -134,9 +135,8 @@ TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, 
         fetch_to_read(from[sizeof...(m) - 1] + i);
         fetch_to_write(to + i);
       };
-      each<lanes_of<scalar>>(tile.length, fetch, [=](int64_t i) TEMPOPS_INLINE {
-        to[i] = store<scalar>((... + (by[m] * load(from[m][i]))));
-      });
+      const auto sum = [=](auto... value) TEMPOPS_INLINE { return (... + (by[m] * value)); };
+      map(tile.length, fetch, sum, to, from[m]...);
     }
     return;
   }
