@@ -155,7 +155,7 @@ def _host_seconds(call: Callable, device: devices.Cpu) -> float:
 
 @pytest.fixture(scope="session")
 def compiled_ahead(request: pytest.FixtureRequest, bar) -> None:
-    """On the CPU, fills torch.compile's cache on all cores: one compilation at a time would double the run's time."""
+    """On the CPU, fills torch.compile's cache on all cores: one compilation after the other takes minutes."""
     device = request.config.stash[devices.key]
     points = [
         Point(*(parameters[field] for field in Point._fields))
@@ -266,6 +266,7 @@ def _repeated(device: devices.Cpu, shape: str) -> Tensor:
 
 
 def prepare(implementation: str, device: devices.Cpu, point: Point) -> Prepared:
+    """What is timed of an implementation."""
     sets, traffic = inputs(device, point)
     if implementation == "copy":  # reads half of the bytes, writes the other half
         sources = [torch.ones(traffic // 2 // 4, device=device.type) for _ in sets]

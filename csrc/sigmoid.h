@@ -41,9 +41,9 @@ struct Sigmoid {
   }
 };
 
-// sigmoid(x) + sigmoid(y) with one division. For results of 16 bits sigmoid(x) is (1 + tanh(x / 2)) / 2 with a rational
-// tanh, fitted for |x| <= 11 by the least largest error, 7e-5; beyond, x is clamped, where tanh is within 4e-5 of its
-// limit. NaN stays NaN.
+// sigmoid(x) + sigmoid(y). For results of 16 bits without exponentials, and with one division: sigmoid(x) is there
+// (1 + tanh(x / 2)) / 2 with a rational tanh, fitted for |x| <= 11 by the least largest error, 7e-5; beyond, x is
+// clamped, where tanh is within 4e-5 of its limit. NaN stays NaN.
 template <class scalar>
 TEMPOPS_INLINE inline acc_t<scalar> sum_of_sigmoids(acc_t<scalar> x, acc_t<scalar> y) {
   if constexpr (sizeof(scalar) == 2) {

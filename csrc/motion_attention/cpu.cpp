@@ -1,4 +1,4 @@
-// motion_attention on the CPU: one pass over memory, so what counts is that the exponential vectorises.
+// motion_attention on the CPU: one pass over memory, so what counts is that the sigmoids vectorise.
 #include "../map.h"
 #include "../sigmoid.h"
 #include "arguments.h"
