@@ -185,6 +185,8 @@ LAYERS = {
     "ShiftConv1x1": Layer(lambda t: nn.ShiftConv1x1(C, 5, t), shift_conv),
     "TemporalConv2d": Layer(lambda t: nn.TemporalConv2d(C, 5, 3, t, 2, 1, bias=True),
                             lambda m, x: conv3d(x, m.weight, 3, m.offset, stride=2, padding=1)),
+    "TemporalConv2d-large": Layer(lambda t: nn.TemporalConv2d(C, 5, 5, t, 2, 2),
+                                  lambda m, x: conv3d(x, m.weight, 3, stride=2, padding=2)),
     "TemporalConv2d-five": Layer(lambda t: nn.TemporalConv2d(C, 5, 1, t, taps=5), lambda m, x: conv3d(x, m.weight, 5)),
     "TemporalInteraction": Layer(lambda t: nn.TemporalInteraction(C, t), lambda m, x: taps(x, m.weight)),
     "GatedInteraction": Layer(lambda t: nn.GatedInteraction(nn.MotionExcitation(C, t), C),

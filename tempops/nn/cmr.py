@@ -1,6 +1,7 @@
 """CMR: Wu et al., "Learning Comprehensive Motion Representation for Action Recognition" (paper 002)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import channel_motion_gate, cosine_gate
@@ -54,8 +55,17 @@ class SpatialMotionEnhancement(TemporalLayer):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = cosine_gate(x, self.n_segment)
-        y = self.conv(y) if self.scale is None else y * self.scale.to(y.dtype)[:, None, None]
-        y = self.bn(y)
+        y = self._normalized(cosine_gate(x, self.n_segment))
         y += x
         return y
+
+    def _normalized(self, y: Tensor) -> Tensor:
+        if self.scale is None:
+            return self.bn(self.conv(y))
+        bn = self.bn
+        if bn.training:
+            return bn(y * self.scale.to(y.dtype)[:, None, None])
+        # In evaluation the scale and the normalisation are one factor and one summand for each channel: one pass.
+        offset = bn.bias - bn.running_mean * bn.weight * (bn.running_var + bn.eps).rsqrt()
+        zeros = torch.zeros_like(bn.running_mean)
+        return F.batch_norm(y, zeros, bn.running_var, bn.weight * self.scale, offset, eps=bn.eps)

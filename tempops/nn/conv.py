@@ -1,6 +1,7 @@
 """3D convolutions on frames that lie one after the other, as in the other layers."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import temporal_conv
@@ -8,13 +9,13 @@ from ._layer import TemporalLayer
 
 
 class TemporalConv2d(TemporalLayer, nn.Conv2d):
-    r"""A K x kh x kw convolution over the frames of clips, as a 2D convolution to K times the channels.
+    r"""A K x kh x kw convolution over the frames of clips.
 
     .. math::
         y_t = \sum_k W_k * x_{t+k-P}, \quad P = \lfloor K / 2 \rfloor
 
-    The K parts of the 2D convolution's result are shifted by one frame each and added; frames outside the clip count as
-    zero. See :func:`tempops.temporal_conv`.
+    Frames outside the clip count as zero. A 1x1 kernel is a 2D convolution over time and pixels, one larger than 3x3 a
+    3D convolution; between the two a 2D convolution gives K parts, which :func:`tempops.temporal_conv` shifts.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: those of the 2D convolution of each part.
@@ -50,13 +51,43 @@ class TemporalConv2d(TemporalLayer, nn.Conv2d):
         self.register_parameter("offset", nn.Parameter(torch.zeros(out_channels)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
+            y = self._as_2d(x)
+        elif max(self.kernel_size) > 3:
+            y = self._as_3d(x)
+        else:
+            y = self._by_parts(x)
+        return y if self.offset is None else y + self.offset[:, None, None]
+
+    def _as_2d(self, x: Tensor) -> Tensor:
+        """One convolution whose height is time and whose width are the pixels: in channels_last no frame is copied."""
+        clips = self.split(x.permute(0, 2, 3, 1)).flatten(2, 3).permute(0, 3, 1, 2)  # [N, C, T, H*W]
+        y = F.conv2d(clips, self._kernels().squeeze(-1), padding=(self.taps // 2, 0)).permute(0, 2, 3, 1)
+        return self._laid_out(x, y.unflatten(2, x.shape[2:]).flatten(0, 1).permute(0, 3, 1, 2))
+
+    def _as_3d(self, x: Tensor) -> Tensor:
+        """PyTorch's, which on the CPU is slow for kernels up to 3x3 on a small clip."""
+        stride, padding = (1, *self.stride), (self.taps // 2, *self.padding)
+        y = F.conv3d(self.split(x).transpose(1, 2), self._kernels(), None, stride, padding)
+        return self._laid_out(x, y.transpose(1, 2).flatten(0, 1))
+
+    def _by_parts(self, x: Tensor) -> Tensor:
+        """One convolution to K times the channels, whose parts are shifted by a frame each and added."""
         parts = super().forward(x)
         shifts = torch.eye(self.taps, dtype=parts.dtype, device=parts.device)
-        first, *others = temporal_conv(parts, shifts, self.n_segment).chunk(self.taps, 1)
-        y = first if self.offset is None else first + self.offset[:, None, None]
+        y, *others = temporal_conv(parts, shifts, self.n_segment).chunk(self.taps, 1)
         for other in others:
             y = y + other
         return y
+
+    def _laid_out(self, x: Tensor, y: Tensor) -> Tensor:
+        """The result y in the layout that a 2D convolution of x has: channels_last where x or the weight is."""
+        channels_last = x.stride(1) == 1 or not self.weight.is_contiguous()
+        return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def _kernels(self) -> Tensor:
+        """The weight as ``[Cout, Cin, K, kh, kw]``."""
+        return self.weight.unflatten(0, (self.taps, -1)).transpose(0, 1).transpose(1, 2)
 
     def from_2d(self, weight: Tensor) -> dict[str, Tensor]:
         """The parameters for an image network's weights: each tap gets a K-th of them (I3D's inflation)."""

@@ -44,10 +44,10 @@ class ShortTermTDM(TemporalLayer):
 
     def fuse(self, x: Tensor, motion: Tensor) -> Tensor:
         """:math:`a x + b\\,\\text{motion}`, the latter enlarged to the size of x by nearest neighbour."""
-        motion = F.interpolate(motion, x.shape[2:])
+        enlarged = F.interpolate(motion, x.shape[2:])  # never motion itself, even at the same size
         if self.variant == "paper":
-            return x + motion
-        return x.lerp(motion, 0.5 if self.n_segment == 8 else 0.25)  # (1 - b) x + b motion in one pass
+            return enlarged.add_(x)
+        return enlarged.lerp_(x, 0.5 if self.n_segment == 8 else 0.75)  # (1 - a) motion + a x in one pass
 
 
 class LongTermTDM(TemporalLayer):
