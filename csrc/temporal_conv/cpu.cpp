@@ -303,7 +303,9 @@ struct Window {
 
 template <class scalar>
 void conv(const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool transposed) {
-  const Tiling tiling(x, !w.gate && x.dense_frames() && y.dense_frames(), {4096, 1024, 4096, 2048, 1024});
+  // A gate makes each frame of a tile coefficients of its own, which more pixels share.
+  const Tiling tiling(x, !w.gate && x.dense_frames() && y.dense_frames(),
+                      {4096, 1024, w.gate ? 16384 : 4096, 2048, 1024});
   const int64_t tiles = tiling.channel_blocks * tiling.pixel_blocks;
   parallel(x.N * tiles, x.T * tiling.channels * tiling.pixels, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     Window<scalar> window(w, transposed, tiling);

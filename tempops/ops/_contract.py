@@ -40,9 +40,9 @@ def check_tensor(name: str, x: object, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be on x's device {like.device}, got {x.device}")
 
 
-def check_shape(name: str, x: Tensor, *allowed: Sequence[int]) -> None:
+def check_shape(name: str, x: Tensor, *allowed: tuple[int, ...]) -> None:
     """Raises unless x's shape is one of `allowed`."""
-    if not any(x.dim() == len(shape) and all(a == b for a, b in zip(x.shape, shape)) for shape in allowed):
+    if x.shape not in allowed:
         expected = " or ".join(str([int(size) for size in shape]) for shape in allowed)
         raise ValueError(f"{name} must have shape {expected}, got {list(x.shape)}")
 
