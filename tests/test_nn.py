@@ -287,6 +287,25 @@ def test_channels_last(name):
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@layers
+def test_traced_once_for_all_sizes(name):
+    layer = made(name).eval()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        traced = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+        for count, h, w in ((2, 7, 9), (3, 8, 6)):
+            x = torch.randn(count * T, LAYERS[name].channels, h, w, dtype=torch.float64)
+            torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_temporal_convolution_compiles_for_all_sizes():
+    layer = nn.TemporalConv2d(C, 5, 1, T)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for h, w in ((7, 9), (8, 6)):
+        x = torch.randn(N * T, C, h, w)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "name", sorted(set(LAYERS) - {"MotionEnhancement", "ShortTermTDM"})
 )  # these read no other segment

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import temporal_conv
+from ..ops._contract import is_channels_last
 from ._layer import TemporalLayer
 
 
@@ -51,7 +52,9 @@ class TemporalConv2d(TemporalLayer, nn.Conv2d):
         self.register_parameter("offset", nn.Parameter(torch.zeros(out_channels)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
+        if torch.compiler.is_compiling():  # Inductor fails on such views of clips where height and width may change
+            y = self._by_parts(x)
+        elif self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
             y = self._as_2d(x)
         elif max(self.kernel_size) > 3:
             y = self._as_3d(x)
@@ -61,9 +64,9 @@ class TemporalConv2d(TemporalLayer, nn.Conv2d):
 
     def _as_2d(self, x: Tensor) -> Tensor:
         """One convolution whose height is time and whose width are the pixels: in channels_last no frame is copied."""
-        clips = self.split(x.permute(0, 2, 3, 1)).flatten(2, 3).permute(0, 3, 1, 2)  # [N, C, T, H*W]
-        y = F.conv2d(clips, self._kernels().squeeze(-1), padding=(self.taps // 2, 0)).permute(0, 2, 3, 1)
-        return self._laid_out(x, y.unflatten(2, x.shape[2:]).flatten(0, 1).permute(0, 3, 1, 2))
+        clips = self.split(x.flatten(2)).transpose(1, 2)  # [N, C, T, H*W]
+        y = F.conv2d(clips, self._kernels().squeeze(-1), padding=(self.taps // 2, 0))
+        return self._laid_out(x, y.transpose(1, 2).reshape(x.size(0), y.size(1), *x.shape[2:]))
 
     def _as_3d(self, x: Tensor) -> Tensor:
         """PyTorch's, which on the CPU is slow for kernels up to 3x3 on a small clip."""
@@ -82,7 +85,7 @@ class TemporalConv2d(TemporalLayer, nn.Conv2d):
 
     def _laid_out(self, x: Tensor, y: Tensor) -> Tensor:
         """The result y in the layout that a 2D convolution of x has: channels_last where x or the weight is."""
-        channels_last = x.stride(1) == 1 or not self.weight.is_contiguous()
+        channels_last = is_channels_last(x) or not self.weight.is_contiguous()
         return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def _kernels(self) -> Tensor:

@@ -42,9 +42,11 @@ def check_tensor(name: str, x: object, like: Tensor | None = None) -> None:
 
 def check_shape(name: str, x: Tensor, *allowed: tuple[int, ...]) -> None:
     """Raises unless x's shape is one of `allowed`."""
-    if x.shape not in allowed:
-        expected = " or ".join(str([int(size) for size in shape]) for shape in allowed)
-        raise ValueError(f"{name} must have shape {expected}, got {list(x.shape)}")
+    for shape in allowed:
+        if x.shape == shape:
+            return
+    expected = " or ".join(str([int(size) for size in shape]) for shape in allowed)
+    raise ValueError(f"{name} must have shape {expected}, got {list(x.shape)}")
 
 
 def check_int(name: str, value: object, least: int | None = None) -> None:
