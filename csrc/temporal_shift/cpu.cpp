@@ -68,29 +68,32 @@ void shift_planar(const Clip& y, const Clip& x, const Shift& shift) {
   });
 }
 
-// A block of pixels of a frame is copied whole, then its first 2*fold channels are written again from their frames.
+// A block of pixels is walked through the clip, so that the few channels that come from the frames beside it are read
+// from the cache. It is copied whole, then its first 2*fold channels are written again from their frames.
 template <class word>
 void shift_channels_last(const Clip& y, const Clip& x, const Shift& shift) {
-  constexpr int64_t kBlock = 32;  // pixels: both writes of a block meet in the first-level cache
-  const int64_t blocks = (x.P + kBlock - 1) / kBlock;
+  constexpr int64_t kBlock = 16384;  // bytes: both writes of a block meet in the first-level cache
+  const int64_t block = std::clamp<int64_t>(kBlock / (x.C * sizeof(word)), 1, x.P);
+  const int64_t blocks = (x.P + block - 1) / block;
   const auto parts = groups(shift, x.C);
   const bool dense = x.sp == x.C && y.sp == y.C;
-  parallel(x.N * x.T * blocks, kBlock * x.C, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+  parallel(x.N * blocks, x.T * block * x.C, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t frame = i / blocks, n = frame / x.T, t = frame % x.T;
-      const int64_t p0 = i % blocks * kBlock, pixels = std::min(kBlock, x.P - p0);
-      word* dst = y.frame<word>(n, t) + p0 * y.sp;
-      const word* here = x.frame<word>(n, t) + p0 * x.sp;
-      if (dense) {
-        move(dst, here, pixels * x.C);
-      } else {
-        for (int64_t p = 0; p < pixels; ++p) move(dst + p * y.sp, here + p * x.sp, x.C);
-      }
-      for (const Group& group : {parts[0], parts[1]}) {
-        const word* src = shifted_frame<word>(x, n, t + group.offset);
-        if (src) src += p0 * x.sp + group.begin;
-        for (int64_t p = 0; p < pixels; ++p)
-          move_short(dst + p * y.sp + group.begin, src ? src + p * x.sp : src, group.end - group.begin);
+      const int64_t n = i / blocks, p0 = i % blocks * block, pixels = std::min(block, x.P - p0);
+      for (int64_t t = 0; t < x.T; ++t) {
+        word* dst = y.frame<word>(n, t) + p0 * y.sp;
+        const word* here = x.frame<word>(n, t) + p0 * x.sp;
+        if (dense) {
+          move(dst, here, pixels * x.C);
+        } else {
+          for (int64_t p = 0; p < pixels; ++p) move(dst + p * y.sp, here + p * x.sp, x.C);
+        }
+        for (const Group& group : {parts[0], parts[1]}) {
+          const word* src = shifted_frame<word>(x, n, t + group.offset);
+          if (src) src += p0 * x.sp + group.begin;
+          for (int64_t p = 0; p < pixels; ++p)
+            move_short(dst + p * y.sp + group.begin, src ? src + p * x.sp : src, group.end - group.begin);
+        }
       }
     }
   });
