@@ -33,6 +33,7 @@ SHAPES = (
     Shape(1, 3, 192, 16, 9),  # whole 16-byte accesses everywhere, several tiles
     Shape(1, 2, 16, 3, 152),  # wide rows of few channels: several tiles of one
     Shape(0, 4, 8, 3, 3),  # no clips
+    Shape(2, 3, 8, 0, 3),  # no pixels
 )
 
 

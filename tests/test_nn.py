@@ -1,6 +1,7 @@
 """Every layer against its equation, restated frame by frame in plain PyTorch, and its initial values and gradients."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -261,9 +262,10 @@ def test_other_numbers_of_frames(name, t):
     case, x = LAYERS[name], input_of(name, t)
     layer = made(name).eval()
     if t < case.least:
-        nn.set_segments(layer, t)
-        with pytest.raises(ValueError, match="at least 2 frames"):
-            layer(x)
+        for change in (partial(nn.set_segments, layer), case.make):
+            with pytest.raises(ValueError, match="n_segment must be at least 2, got 1"):
+                change(t)
+        assert layer.n_segment == T
         return
     if getattr(layer, "depends_on_segments", False):
         with pytest.raises(ValueError, match=f"n_segment={t} does not fit the parameters of {type(layer).__name__}"):
@@ -351,9 +353,10 @@ def test_short_term_fusion(variant):
         torch.testing.assert_close(layer.fuse(x, motion), a * x + b * enlarged)
 
 
-def test_long_term_sides_of_one_pixel():
+def test_sides_of_one_pixel():
     layer = nn.LongTermTDM(C, T).eval()
     assert layer(torch.randn(T, C, 1, 3)).shape == (T, C, 1, 3)
+    assert nn.ShortTermTDM(8, T)(torch.randn(T, 15, 7, 1)).shape == (T, 8, 2, 1)
 
 
 def test_wrong_arguments():

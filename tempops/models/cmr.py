@@ -1,7 +1,7 @@
 """CMR: Wu et al., "Learning Comprehensive Motion Representation for Action Recognition" (paper 002)."""
 
 from ..nn import ChannelMotionEnhancement, GatedInteraction, SpatialMotionEnhancement, TemporalInteraction
-from ..ops._contract import check_choice, check_int
+from ..ops._contract import check_choice
 from ._resnet import ResNet
 
 PLACES = ("all", "first", "none")
@@ -35,8 +35,6 @@ class CMR(ResNet):
         super().__init__(num_classes, n_segment, **backbone)
         check_choice("cme", cme, PLACES)
         check_choice("sme", sme, PLACES)
-        if sme != "none":
-            check_int("n_segment", n_segment, least=2)
         for _, place, block in self.blocks():
             channels = block.conv1.in_channels
             if cme == "all" or (cme == "first" and place == 0):

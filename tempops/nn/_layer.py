@@ -11,15 +11,17 @@ class TemporalLayer(nn.Module):
     Further arguments go to the next class, so that a layer may be a convolution, too.
     """
 
+    least_segments = 1  # the least T
     depends_on_segments = False  # whether a parameter's shape depends on T
 
     def __init__(self, n_segment: int, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        check_int("n_segment", n_segment, least=1)
+        check_int("n_segment", n_segment, least=self.least_segments)
         self.n_segment = n_segment
 
     def check_segments(self, n_segment: int) -> None:
         """Raises ValueError where T can not become `n_segment`."""
+        check_int("n_segment", n_segment, least=self.least_segments)
         if self.depends_on_segments and n_segment != self.n_segment:
             raise ValueError(
                 f"n_segment={n_segment} does not fit the parameters of {type(self).__name__}, "

@@ -46,6 +46,8 @@ class SpatialMotionEnhancement(TemporalLayer):
         scale: ``[C]``, the number for each channel, initially 1: PyTorch has no fast 1x1 convolution for C groups.
     """
 
+    least_segments = 2
+
     def __init__(self, channels: int, n_segment: int, dense: bool = False) -> None:
         super().__init__(n_segment)
         if not isinstance(dense, bool):

@@ -28,7 +28,7 @@ class ShortTermTDM(TemporalLayer):
         variant: ``"released"`` or ``"paper"``.
 
     `forward` takes ``[N*T, n_frames*3, H, W]`` and returns ``[N*T, channels, H/8, W/8]``; `fuse` adds what it, or a
-    further layer of the copy, returned to the network's features.
+    further layer of the copy, returned to the network's features. Frames with a side of one pixel are not pooled [D].
     """
 
     def __init__(self, channels: int, n_segment: int, n_frames: int = 5, variant: str = "released") -> None:
@@ -39,7 +39,7 @@ class ShortTermTDM(TemporalLayer):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        differences = frame_difference(x, self.n_frames)
+        differences = frame_difference(x, self.n_frames, 2 if min(x.shape[2:]) > 1 else 1)
         return F.max_pool2d(F.relu(self.bn(self.conv(differences)), inplace=True), 3, stride=2, padding=1)
 
     def fuse(self, x: Tensor, motion: Tensor) -> Tensor:

@@ -84,8 +84,14 @@ def _check(x, weight, bias, n_segment, fold_div, mode, activation, allow_tf32) -
 
 def _reference(x, weight, bias, n_segment, fold_div, mode, activation, allow_tf32) -> Tensor:
     convolve = F.conv3d if x.dim() == 5 else F.conv2d
-    kernel = weight.reshape(*weight.shape[:2], *[1] * (x.dim() - 2))
-    y = convolve(_shift_reference(x, n_segment, fold_div, mode), kernel, bias)
+    ones = [1] * (x.dim() - 2)
+    kernel = weight.reshape(*weight.shape[:2], *ones)
+    shifted = _shift_reference(x, n_segment, fold_div, mode)
+    if 0 in x.shape[2:]:  # which PyTorch's convolution refuses
+        y = torch.einsum("nc...,oc->no...", shifted, kernel.flatten(1))
+        y = y if bias is None else y + bias.reshape(-1, *ones)
+    else:
+        y = convolve(shifted, kernel, bias)
     return y.relu() if activation == "relu" else y
 
 
