@@ -650,31 +650,32 @@ std::tuple<Tensor, Tensor> bidirectional_difference_backward(const Tensor& grad_
     backward = dense(backward);
   }
   const std::optional<Clip> dx = need_x ? std::optional(empty_like(x)) : std::nullopt;
-  const Tensor dweight = need_weight ? torch::stable::new_empty(weight, weight.sizes()) : no_gradient(weight);
+  Tensor dweight = need_weight ? torch::stable::new_empty(weight, weight.sizes()) : no_gradient(weight);
+  const auto gradients = [&] { return std::tuple(dx ? dx->tensor : no_gradient(x.tensor), dweight); };
+  if (x.empty()) torch::stable::zero_(dweight);
+  if (x.empty() || (!need_x && !need_weight)) return gradients();
   by_tiles([&](auto* type, auto Q, auto planar, const Tiles& tiles) {
     using scalar = std::remove_pointer_t<decltype(type)>;
     const acc_t<scalar> sign = neighbor_first ? -1 : 1;
+    const int64_t groups = need_weight ? std::min(x.N, blocks_for(kEnoughBlocks, tiles.blocks())) : x.N;
     std::optional<Tensor> scratch;
     double* partials = nullptr;
     int64_t parts = 0;
-    if (!x.empty() && (need_x || need_weight)) {
-      const int64_t groups = need_weight ? std::min(x.N, blocks_for(kEnoughBlocks, tiles.blocks())) : x.N;
-      if (need_weight) {
-        parts = tiles.pixel_tiles * std::min<int64_t>(groups, 65535);
-        scratch = torch::stable::empty({x.C, kTaps, parts}, ScalarType::Double, std::nullopt, x.tensor.device());
-        partials = static_cast<double*>(scratch->data_ptr());
-      }
-      Places<scalar> of_x(dx ? *dx : x);
-      if (!dx) of_x.data = nullptr;
-      launch(guard, backward_kernel<scalar, Q, planar>, {tiles.blocks(), groups, kBlock}, of_x, partials,
-             Places<const scalar>(forward), Places<const scalar>(backward), Places<const scalar>(x),
-             static_cast<const scalar*>(weight.data_ptr()), tiles, sign);
+    if (need_weight) {
+      parts = tiles.pixel_tiles * std::min<int64_t>(groups, 65535);
+      scratch = torch::stable::empty({x.C, kTaps, parts}, ScalarType::Double, std::nullopt, x.tensor.device());
+      partials = static_cast<double*>(scratch->data_ptr());
     }
+    Places<scalar> of_x(dx ? *dx : x);
+    if (!dx) of_x.data = nullptr;
+    launch(guard, backward_kernel<scalar, Q, planar>, {tiles.blocks(), groups, kBlock}, of_x, partials,
+           Places<const scalar>(forward), Places<const scalar>(backward), Places<const scalar>(x),
+           static_cast<const scalar*>(weight.data_ptr()), tiles, sign);
     if (!need_weight) return;
     launch(guard, weight_kernel<scalar>, {blocks_for(x.C * kTaps * kWarp)}, static_cast<scalar*>(dweight.data_ptr()),
            static_cast<const double*>(partials), x.C * kTaps, parts, sign);
   }, x, forward, backward, dx ? *dx : x);
-  return {dx ? dx->tensor : no_gradient(x.tensor), dweight};
+  return gradients();
 }
 
 }  // namespace
