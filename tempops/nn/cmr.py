@@ -68,6 +68,7 @@ class SpatialMotionEnhancement(TemporalLayer):
         if bn.training:
             return bn(y * self.scale.to(y.dtype)[:, None, None])
         # In evaluation the scale and the normalisation are one factor and one summand for each channel: one pass.
-        offset = bn.bias - bn.running_mean * bn.weight * (bn.running_var + bn.eps).rsqrt()
-        zeros = torch.zeros_like(bn.running_mean)
-        return F.batch_norm(y, zeros, bn.running_var, bn.weight * self.scale, offset, eps=bn.eps)
+        tensors = bn.running_mean, bn.running_var, bn.weight, bn.bias, self.scale
+        mean, var, weight, bias, scale = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+        offset = bias - mean * weight * (var + bn.eps).rsqrt()
+        return F.batch_norm(y, torch.zeros_like(mean), var, weight * scale, offset, eps=bn.eps)
