@@ -308,6 +308,14 @@ def test_temporal_convolution_compiles_for_all_sizes():
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
+def test_temporal_convolution_of_short_clips_in_bfloat16():
+    layer, x = nn.TemporalConv2d(3, 16, 7, 3, 2, 3, taps=5), torch.randn(2 * 3, 3, 32, 32)
+    (expected,) = torch.autograd.grad(layer(x).sum(), [layer.weight])
+    layer.bfloat16()
+    (grad,) = torch.autograd.grad(layer(x.bfloat16()).sum(), [layer.weight])
+    assert (grad - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     "name", sorted(set(LAYERS) - {"MotionEnhancement", "ShortTermTDM"})
 )  # these read no other segment

@@ -16,7 +16,8 @@ class TemporalConv2d(TemporalLayer, nn.Conv2d):
         y_t = \sum_k W_k * x_{t+k-P}, \quad P = \lfloor K / 2 \rfloor
 
     Frames outside the clip count as zero. A 1x1 kernel is a 2D convolution over time and pixels, one larger than 3x3 a
-    3D convolution; between the two a 2D convolution gives K parts, which :func:`tempops.temporal_conv` shifts.
+    3D convolution where T is at least K; in all other cases a 2D convolution gives K parts, which
+    :func:`tempops.temporal_conv` shifts.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: those of the 2D convolution of each part.
@@ -56,7 +57,8 @@ class TemporalConv2d(TemporalLayer, nn.Conv2d):
             y = self._by_parts(x)
         elif self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
             y = self._as_2d(x)
-        elif max(self.kernel_size) > 3:
+        elif max(self.kernel_size) > 3 and self.n_segment >= self.taps:
+            # For shorter clips oneDNN's gradient of the weight is wrong in bfloat16, and it writes beyond it.
             y = self._as_3d(x)
         else:
             y = self._by_parts(x)
