@@ -1,4 +1,7 @@
-"""What every test gets: fixed seeds, and uninitialised memory filled with NaN so that an unwritten output shows."""
+"""What every test gets: fixed seeds, and uninitialised memory filled with NaN so that an unwritten output shows.
+
+A run of all the tests is spread over the cores.
+"""
 
 import os
 
@@ -11,6 +14,20 @@ from tempops import _backend  # the library of schemas comes before what overrid
 
 if os.environ.get("TEMPOPS_CUDA_SIM"):  # the CUDA kernels, run by this processor (tests/cuda_sim)
     torch.ops.load_library(os.environ["TEMPOPS_CUDA_SIM"])
+
+
+MOST_PROCESSES = 4  # each imports torch and compiles
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` without files or names takes `-n` by itself; on a GPU there is one device for all."""
+    everything = config.args == config.getini("testpaths") and not config.getoption("keyword")
+    undecided = config.getoption("numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if everything and undecided and not config.getoption("usepdb") and not torch.cuda.is_available():
+        config.option.numprocesses = min(os.cpu_count() or 1, MOST_PROCESSES)
+        config.option.dist = "worksteal"
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # their threads are more than the cores
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,9 @@ needs_extras = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.j
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # pytest-benchmark times nothing in a process that pytest-xdist shares the tests with.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @needs_extras
