@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -54,8 +54,19 @@ def _load_cuda() -> str | None:
 _cuda_missing = _load_cuda()
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+def _constant(function: Callable) -> Callable:
+    """The function called once for each argument, and a constant to torch.compile, which would look through a cache."""
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    def constant(*args):
+        return cached(*args)
+
+    constant.cache_clear = cached.cache_clear
+    return constant
+
+
+@_constant
 def _load_triton() -> str | None:
     """Imports the Triton ops, when they are asked for first; returns why they could not be, or None."""
     try:
@@ -67,7 +78,7 @@ def _load_triton() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _triton_interprets() -> bool:
     """Whether the Triton kernels, which are loaded, run in Triton's interpreter (TRITON_INTERPRET=1)."""
     from . import triton
@@ -94,8 +105,7 @@ def _too_old() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_constant
 def why_not_on_cuda(op: str) -> str | None:
     """Why no CUDA kernels run an op here; None where they do."""
     if reason := _cuda_missing or _too_old():
@@ -105,8 +115,7 @@ def why_not_on_cuda(op: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_constant
 def _on_cuda(op: str) -> str | None:
     """The namespace that runs an op on a GPU where nobody chose; None, with a warning the first time, for eager.
 
@@ -118,7 +127,7 @@ def _on_cuda(op: str) -> str | None:
     if no_triton is None:
         return "tempops_triton"
     reasons = "; ".join(dict.fromkeys((no_cuda, no_triton)))
-    warnings.warn(f"tempops.{op} runs in eager PyTorch on the GPU: {reasons}", stacklevel=3)
+    warnings.warn(f"tempops.{op} runs in eager PyTorch on the GPU: {reasons}", stacklevel=4)
     return None
 
 

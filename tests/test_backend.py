@@ -149,6 +149,15 @@ def test_a_gpu_older_than_the_kernels_gets_eager(monkeypatch):
             function.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:tempops.temporal_shift runs in eager PyTorch on the GPU")
+def test_the_choice_on_a_gpu_is_a_constant_to_compile():
+    def call(x):
+        return x + 1 if _backend.namespace("cuda", "temporal_shift") or _backend.why_not_on_cuda("temporal_conv") else x
+
+    torch._dynamo.reset()
+    assert torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
 @pytest.mark.filterwarnings("ignore")  # the older exporter says so
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dynamo", (True, False), ids=("new", "old"))
