@@ -43,6 +43,8 @@ def deterministic():
 @pytest.fixture(autouse=True)
 def on_its_device(request, monkeypatch):
     """A test of a GPU's back end makes its tensors there, and is skipped where the back end has not the op."""
+    if torch.cuda.is_available():  # else eager's own error is that of TF32
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     backend, case = parameters.get("backend"), parameters.get("case")
     if backend in inputs.GPU and not inputs.INTERPRETED:

@@ -30,10 +30,9 @@ def test_the_back_end_is_there():
 @cases
 @backends
 @pytest.mark.parametrize("shape", (Shape(2, 3, 13, 9, 4), Shape(2, 4, 16, 8, 8)), ids=("odd", "even"))
-def test_small(case, backend, shape, monkeypatch):
+def test_small(case, backend, shape):
     """As the CPU's kernels do, on inputs copied from there: few kernels but ours run, for tools/sanitize_gpu.py."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for layout in [name for name in layouts(case) if name in ("contiguous", "channels_last")]:
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
             x, n_segment, *others = make(case, shape, layout, dtype, device="cpu")
@@ -153,6 +152,24 @@ def test_triton_agrees_with_cuda(case):
         for mine, expected in zip((*outs, *dins), (*expected_outs, *expected_dins)):
             unit = 0 if case.moves else 16 * torch.finfo(dtype).eps * expected.double().abs().max()
             assert (mine.double() - expected.double()).abs().max() <= unit, (layout, dtype)
+
+
+@backends
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_tf32_is_rounded(backend, channels_last, monkeypatch):
+    """Tensor cores leave 13 bits of float32 out, which alone would make all products of positive numbers too small."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    x, weight, dy = (1 + torch.rand(sizes, device="cuda") for sizes in ((16, 64, 8, 8), (64, 64, 1, 1), (16, 64, 8, 8)))
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x, dy = x.contiguous(memory_format=form).requires_grad_(), dy.contiguous(memory_format=form)
+    results = []
+    for name, dtype in ((backend, torch.float32), ("eager", torch.float64)):
+        inputs = [a.detach().to(dtype).requires_grad_() for a in (x, weight)]
+        with tempops.backend(name):
+            y = tempops.shift_conv1x1(*inputs, None, 8)
+        results.append((y, *torch.autograd.grad(y, inputs, dy.to(dtype))))
+    for mine, exact in zip(*results):
+        assert ((mine.double() - exact).abs() <= exact / 2**11).all()
 
 
 @backends

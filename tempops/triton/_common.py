@@ -33,7 +33,12 @@ def wrap_triton(kernel):
 
 def registers(x: Tensor, most: int) -> dict:
     """The option that leaves a thread so many registers, for more of them; tracers do not know it, and go without."""
-    return {"maxnreg": most} if type(x) in (Tensor, torch.nn.Parameter) and not INTERPRETED else {}
+    return {} if INTERPRETED or is_traced(x) else {"maxnreg": most}
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether the tensor is a tracer's, which has no memory."""
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def entry(implementation: Callable) -> Callable:
@@ -99,7 +104,7 @@ def _signature(name: str) -> inspect.Signature:
 def _on_its_device(implementation: Callable) -> Callable:
     @functools.wraps(implementation)
     def wrapper(x: Tensor, *args):
-        if x.device.type == "cuda" and type(x) in (Tensor, torch.nn.Parameter):  # tracers have types of their own
+        if x.device.type == "cuda" and not is_traced(x):
             with torch.cuda.device(x.device):
                 return implementation(x, *args)
         if x.device.type == "cpu" and not INTERPRETED:
@@ -225,8 +230,8 @@ def _readable(x: Tensor, channels_last: bool) -> bool:
 
 def view(x: Tensor, n_segment: int | None, channels_last: bool) -> Clips:
     n, t, c, h, w = clip_shape(x, n_segment)
-    if c * h * w >= 2**31:
-        raise RuntimeError("frames of 2^31 elements or more are not supported")
+    if c * h * w > 2**31 - 4096:  # numbers of elements are rounded up to whole blocks
+        raise RuntimeError("frames of more than 2^31 - 4096 elements are not supported")
     if x.dim() == 5:
         sn, st = x.stride(0), x.stride(2)
     else:

@@ -30,7 +30,7 @@ PROGRAMS = 792  # clips are cut into segments of frames until there are that man
 @triton.jit
 def norm(square, EPS: tl.constexpr):
     """|frame| at a pixel; infinite, so that its inverse is 0, where it counts as zero."""
-    root = tl.sqrt(square)
+    root = tl.sqrt_rn(square) if square.dtype == tl.float32 else tl.sqrt(square)
     return tl.where(root <= tl.full(root.shape, EPS, root.dtype), float("inf"), root)
 
 

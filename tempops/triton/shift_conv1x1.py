@@ -37,10 +37,19 @@ SPLITS = 264  # programs that the sum over pixels is split among, at most
 
 
 @triton.jit
-def operand(x, mask, WIDEN: tl.constexpr):
-    """A tile of a product; widened for the interpreter, which multiplies no bfloat16."""
+def operand(x, mask, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """A tile of a product; widened for the interpreter, which multiplies no bfloat16.
+
+    float32 to the nearest number that tensor cores read, which leave the last 13 bits out.
+    """
     value = tl.load(x, mask=mask, other=0)
-    return wide(value) if WIDEN else value
+    if WIDEN:
+        return wide(value)
+    elif PRECISION == "tf32" and value.dtype == tl.float32:
+        bits = value.to(tl.uint32, bitcast=True)
+        return (bits + tl.where(tl.abs(value) < float("inf"), 0x1000, 0)).to(tl.float32, bitcast=True)
+    else:
+        return value
 
 
 @triton.jit
@@ -94,8 +103,9 @@ def product_kernel(
             offset = offset_of(i, fold, FIRST, SECOND)
             at += offset.to(tl.int64) * x_t
             mask = mask & ((t[:, None] + offset[None, :]).to(tl.uint32) < T)  # below zero is far above T
-        a = operand(rows + at[None, :], mask, WIDEN)
-        b = operand(weight + (o[None, :] * w_o + i[:, None] * w_i), (o < Cout)[None, :] & (i < C)[:, None], WIDEN)
+        a = operand(rows + at[None, :], mask, PRECISION, WIDEN)
+        there = (o < Cout)[None, :] & (i < C)[:, None]
+        b = operand(weight + (o[None, :] * w_o + i[:, None] * w_i), there, PRECISION, WIDEN)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     if BIAS:
         total += wide(tl.load(bias + o, mask=o < Cout, other=0))[None, :]
@@ -132,11 +142,10 @@ def weight_kernel(
     for block in range(per_split):
         m = (split * per_split + block) * BLOCK_K + tl.arange(0, BLOCK_K)
         n, t, p = frame_of(m, T, P)
-        a = operand(
-            dy + pixel_at(m, n, t, p, dy_n, dy_t, dy_p, Y_FLAT)[None, :], (o < Cout)[:, None] & (m < M)[None, :], WIDEN
-        )
+        there = (o < Cout)[:, None] & (m < M)[None, :]
+        a = operand(dy + pixel_at(m, n, t, p, dy_n, dy_t, dy_p, Y_FLAT)[None, :], there, PRECISION, WIDEN)
         mask = (m < M)[:, None] & (i < C)[None, :] & ((t[:, None] + offset).to(tl.uint32) < T)
-        b = operand(x + pixel_at(m, n, t, p, x_n, x_t, x_p, X_FLAT)[:, None], mask, WIDEN)
+        b = operand(x + pixel_at(m, n, t, p, x_n, x_t, x_p, X_FLAT)[:, None], mask, PRECISION, WIDEN)
         total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     sums += (split.to(tl.int64) * Cout + o)[:, None] * C + i[None, :]
     tl.store(sums, total, mask=(o < Cout)[:, None] & (i < C)[None, :])
@@ -185,9 +194,9 @@ def tile_of(tiles: dict, sizes: tuple[int, ...], depth: int, x: Tensor, precisio
         )
     m, n, k, warps, stages = tile
     tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k // size}
-    tile |= {"num_warps": warps, "num_stages": min(stages, 1 + cdiv(depth * size, k))}
+    tile |= {"num_warps": warps, "num_stages": int(min(stages, 1 + cdiv(depth * size, k)))}
     # Two programs of 128 by 128 at a time, one of which computes while the other begins or ends.
-    return tile | (registers(x, 128) if (m, n) == (128, 128) else {})
+    return tile | (registers(x, 128) if (m, n, warps) == (128, 128, 8) else {})
 
 
 def described(y: Clips, x: Clips, fold: int) -> tuple[int, int, dict]:

@@ -54,7 +54,9 @@ def shift(y: Clips, x: Clips, fold: int, offsets: tuple[int, int]) -> None:
     if x.tensor.numel() == 0:
         return
     first, second = offsets
-    wrap_triton(shift_kernel)[(x.N * cdiv(x.size, BLOCK),)](
+    # No tracer meets the in-place entry, and outside of one a wrapped launch is slow and keeps memory.
+    kernel = shift_kernel if y is x else wrap_triton(shift_kernel)
+    kernel[(x.N * cdiv(x.size, BLOCK),)](
         *y.address, *x.address, x.T, x.size, x.length, fold, FIRST=first, SECOND=second, **frame_cut(x, y)
     )
 
