@@ -74,6 +74,14 @@ def find_nvcc() -> tuple[str | None, str]:
         return None, f"there was no nvcc {where} when tempops was built"
     if torch.version.cuda is None and not forced:
         return None, "tempops was built against a CPU build of PyTorch"
+    if torch.version.cuda is not None:
+        report = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)", report)
+        if release and release[1] != torch.version.cuda.split(".")[0]:
+            why = f"nvcc is of CUDA {release[1]} and PyTorch of CUDA {torch.version.cuda}"
+            if forced:
+                sys.exit(f"FORCE_CUDA=1, but {why}: install PyTorch for CUDA {release[1]} or set CUDA_HOME.")
+            return None, f"{why} when tempops was built"
     return nvcc, ""
 
 

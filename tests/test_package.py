@@ -168,6 +168,24 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path, sentence, code, setti
     assert run.stderr.startswith(sentence) and run.stderr.count("\n") == 1, run.stderr
 
 
+@pytest.mark.parametrize("forced", ("0", "1"))
+def test_another_cuda_than_that_of_torch_is_said(tmp_path, forced):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.41'")
+    nvcc.chmod(0o755)
+    script = (
+        "import runpy, torch; sys.argv = ['setup.py', 'egg_info']; torch.version.cuda = '13.0';"
+        "print(runpy.run_path('setup.py')['find_nvcc']())"
+    )
+    run = build_python(tmp_path, script, CUDA_HOME=str(tmp_path), FORCE_CUDA=forced)
+    said = "nvcc is of CUDA 12 and PyTorch of CUDA 13.0"
+    if forced == "1":
+        assert run.returncode == 1 and run.stderr.startswith(f"FORCE_CUDA=1, but {said}: install"), run.stderr
+    else:
+        assert run.stdout == f"(None, '{said} when tempops was built')\n", run.stdout + run.stderr
+
+
 def test_the_build_sees_the_torch_of_the_environment(tmp_path):
     hidden = (
         "import sys; from importlib.util import find_spec; print(find_spec('torch'));"
