@@ -353,6 +353,21 @@ def test_maxima_are_those_of_max_pool2d(backend, kernel_size, channels_last, cha
         torch.testing.assert_close(mine, eager, equal_nan=True)
 
 
+@compiled
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_squares_that_overflow(backend, layout):
+    """A pixel whose norm is infinite is like no other, and has no gradient, as in eager."""
+    x, n_segment = make(NAMED["temporal_cosine_similarity"], Shape(1, 4, 20, 3, 5), layout, torch.float32)
+    with torch.no_grad():
+        x[1, 7, 1, 2] = 1e20
+    grads = [torch.randn(4, 1, 3, 5, device=x.device)]
+    results = [run(NAMED["temporal_cosine_similarity"], name, x, n_segment, grads=grads) for name in (backend, "eager")]
+    for mine, eager in zip(*([*outs, *dins] for outs, dins, _ in results)):
+        torch.testing.assert_close(mine, eager)
+    with tempops.backend(backend):
+        assert torch.equal(tempops.cosine_gate(x, n_segment)[0, :, 1, 2], x[0, :, 1, 2])
+
+
 @cases
 @compiled
 def test_expanded_gradients(case, backend):

@@ -605,10 +605,10 @@ void by_tiles(const F& f, const Clip& x, const Clips&... others) {
     constexpr int rows = kRows<scalar>, V = kPack<scalar>, lanes = sizeof(scalar) == 2 ? 2 : 1;
     const Frame frame(x, others...);
     const auto is_run = [&](int Q) { return !x.channels_last && frame.runs == 1 && Tiles::fits_run(x, Q, rows); };
-    const bool whole = x.channels_last ? whole_packs(x, V, x.C) && (whole_packs(others, V, x.C) && ...)
-                                       : is_run(1) && frame.width(x, others...) > 1;
-    const auto call = [&](auto Q, auto planar) { f(type, Q, planar, Tiles(x, Q, rows, is_run(Q), whole)); };
     const bool pairs = lanes == 2 && (x.channels_last ? x.C % 2 == 0 : is_run(lanes));
+    const bool whole = x.channels_last ? whole_packs(x, V, x.C) && (whole_packs(others, V, x.C) && ...)
+                                       : is_run(pairs ? lanes : 1) && frame.width(x, others...) > 1;
+    const auto call = [&](auto Q, auto planar) { f(type, Q, planar, Tiles(x, Q, rows, is_run(Q), whole)); };
     const auto by_layout = [&](auto Q) { x.channels_last ? call(Q, std::false_type()) : call(Q, std::true_type()); };
     pairs ? by_layout(std::integral_constant<int, lanes>()) : by_layout(std::integral_constant<int, 1>());
   });

@@ -311,9 +311,10 @@ __device__ inline double inverse_root(double x) {
 template <class acc>
 __device__ double inverse_norm(double square, double eps) {
   constexpr double kLeast = 2.2250738585072014e-308;  // what is below is no normal number
+  constexpr double kMost = 1.7976931348623157e308;    // what is above is infinite, and its inverse_root no number
   const double inverse = inverse_root(square), root = square * inverse;
   const double norm = fma(fma(-root, root, square), 0.5 * inverse, root);  // as sqrt rounds
-  return square < kLeast || static_cast<acc>(norm) <= static_cast<acc>(eps) ? 0 : inverse;
+  return square < kLeast || square > kMost || static_cast<acc>(norm) <= static_cast<acc>(eps) ? 0 : inverse;
 }
 
 // Writes the similarity to `map` [N, T, P] where there is one, else the gated frames to y.

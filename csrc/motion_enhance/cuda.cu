@@ -30,6 +30,7 @@ struct Shape {
   explicit Shape(const Clip& x)
       : N(x.N), T(x.T), C(x.C), H(static_cast<int>(x.H)), W(static_cast<int>(x.W)), channels_last(x.channels_last) {
     TEMPOPS_CHECK(x.H == H && x.W == W, "x has too many rows or columns: ", x.H, " x ", x.W);
+    TEMPOPS_CHECK(x.C * x.P <= UINT32_MAX, "frames of 2^32 elements or more are not supported");  // see `quotient`
   }
   __device__ int64_t pixel(int i, int j) const {
     return static_cast<int64_t>(i) * W + j;

@@ -28,7 +28,8 @@ constexpr int kBlocks = outputs == 64 ? 2 : 1;  // of a multiprocessor
 template <int outputs>
 constexpr int kStages = outputs == 64 ? 2 : 3;  // of shared memory: all but one are on their way
 
-// Clips as the kernels go through them: pixels count through all frames, and a channel's frame is moved by `shift`.
+// Clips as the kernels go through them: pixels count through all frames, and a channel's frame is moved by `shift`. The
+// stride of a dimension of size 1 may be any: it is left out, as addresses outside of the clip have to be aligned too.
 template <class scalar>
 struct Pixels {
   scalar* data;
@@ -38,8 +39,8 @@ struct Pixels {
   int C, fold, first, second;
 
   Pixels(const Clip& x, const Shift& shift)
-      : data(x.data<std::remove_const_t<scalar>>()), sn(x.sn), st(x.st), sc(x.sc), sp(x.sp),
-        to_frame(x.st - x.P * x.sp), to_clip(x.sn - x.T * x.st), count(x.N * x.T * x.P), T(x.T), P(x.P), C(x.C),
+      : data(x.data<std::remove_const_t<scalar>>()), sn(x.N > 1 ? x.sn : 0), st(x.T > 1 ? x.st : 0), sc(x.sc), sp(x.sp),
+        to_frame(st - x.P * sp), to_clip(sn - x.T * st), count(x.N * x.T * x.P), T(x.T), P(x.P), C(x.C),
         fold(shift.fold), first(shift.first), second(shift.second) {}
 
   __device__ int offset(int c) const {
