@@ -353,6 +353,21 @@ def test_maxima_are_those_of_max_pool2d(backend, kernel_size, channels_last, cha
         torch.testing.assert_close(mine, eager, equal_nan=True)
 
 
+@cases
+@compiled
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_strides_of_single_frames(case, backend, dtype):
+    """The stride of a dimension of size 1 says nothing, not even that what lies a frame away is aligned."""
+    if case.least_frames > 1 or 4 not in case.ranks:
+        pytest.skip("takes no single frames of four dimensions")
+    x, n_segment, *others = make(case, Shape(1, 1, 64, 4, 4), "contiguous", dtype)
+    odd = x.detach().as_strided(x.shape, (1, *x.stride()[1:])).requires_grad_()
+    outs, dins, grads = run(case, backend, x, n_segment, *others)
+    odd_outs, odd_dins, _ = run(case, backend, odd, n_segment, *others, grads=grads)
+    for plain, mine in zip((*outs, *dins), (*odd_outs, *odd_dins)):
+        assert torch.equal(plain, mine)
+
+
 @compiled
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_squares_that_overflow(backend, layout):

@@ -331,7 +331,7 @@ void __syncwarp() {
 
 void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros) {
   cuda_sim::check_aligned(to, size, "an asynchronous copy");
-  if (zeros < size) cuda_sim::check_aligned(from, size, "an asynchronous copy");
+  cuda_sim::check_aligned(from, size, "an asynchronous copy");  // also where it is zeros, and nothing is read
   const cuda_sim::Copy copy{to, from, size, zeros};
 #ifdef CUDA_SIM_THREAD
   copy.arrive();
