@@ -1,8 +1,8 @@
 // temporal_conv on CUDA: y[t] = sum_k w_k * gate[t+k-R] * x[t+k-R], R = K/2.
 //
 // A thread has some elements and walks T with the K frames of the window in registers, so that each frame is read once.
-// The backward reads dy and x once, writes dx, and adds up q_k = sum_p x[t] * dy[t+R-k] by block; a second kernel makes
-// of these partial sums the gradients to weight and gate: dweight_k = sum_t gate[t] * q_k, dgate[t] = sum_k w_k * q_k.
+// The backward reads dy and x once, writes dx, and adds up q_k = sum_p x[t] * dy[t+R-k] by block; short kernels make of
+// these partial sums the gradients to weight and gate: dweight_k = sum_t gate[t] * q_k, dgate[t] = sum_k w_k * q_k.
 #include <algorithm>
 
 #include "../cuda.h"
@@ -331,12 +331,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// How a block adds up `terms` partial sums of each column: by `rows` threads, neighbours in neighbouring columns.
+// How a block adds up `terms` numbers for each of its columns, of which there are `all`: by `rows` threads, neighbours in
+// neighbouring columns. More rows than a warp has lanes are for few columns.
 struct Split {
   int rows = 1, columns;
 
-  explicit Split(int64_t terms) {
-    while (rows < kWarp && rows < terms) rows *= 2;
+  Split(int64_t terms, int64_t all) {
+    while (rows < terms && (rows < kWarp || kThreads / rows > all)) rows *= 2;
     columns = kThreads / rows;
   }
 };
@@ -354,55 +355,60 @@ __device__ inline double sum_over(double value, int stop) {
   return shared[thread];
 }
 
-// dweight: a block has tap k of as many channels as it has columns, or of the channels of one group.
-template <class scalar>
-__global__ void __launch_bounds__(kThreads, 4)
-    weight_kernel(scalar* dweight, const acc_t<scalar>* partial, Coefficients<scalar> w, Split split, int64_t slots,
-                  int64_t chunks, Slot slot) {
-  const int columns = split.columns, column = threadIdx.x % columns, row = threadIdx.x / columns;
-  const int64_t unit = quotient(blockIdx.x, w.K), k = blockIdx.x - unit * w.K;
-  const bool alone = w.group == 1;
-  const int64_t begin = unit * (alone ? columns : w.group), end = begin + (alone ? columns : w.group);
-  const int64_t clips = w.per_clip ? quotient(slots, slot == Slot::frame ? w.T : 1) : 1;
-  for (int64_t clip = blockIdx.y; clip < clips; clip += gridDim.y) {
-    const int64_t count = quotient(slots, clips) * chunks;
+// [slots, all] = the sums over chunks of [slots, chunks, all].
+template <class acc>
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(acc* folded, const acc* partial, Split split, int64_t all, int64_t slots, int64_t chunks) {
+  const int columns = split.columns, row = threadIdx.x / columns;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * columns + threadIdx.x % columns;
+  for (int64_t slot = blockIdx.y; slot < slots; slot += gridDim.y) {
     double sum = 0;
-    for (int64_t c = begin + column; c < end && c < w.C; c += columns) {
 #pragma unroll 4
-      for (int64_t term = clip * count + row; term < (clip + 1) * count; term += split.rows) {
-        double value = partial[(term * w.K + k) * w.C + c];
-        if (slot == Slot::frame)
-          value *= static_cast<double>(static_cast<acc_t<scalar>>(w.gate[quotient(term, chunks) * w.C + c]));
-        sum += value;
-      }
-    }
-    sum = sum_over(sum, alone ? columns : 1);
-    const int64_t i = alone ? clip * w.per_clip + begin + column : unit;
-    if (alone ? row == 0 && begin + column < w.C : threadIdx.x == 0)
-      dweight[i * w.K + k] = static_cast<scalar>(static_cast<acc_t<scalar>>(sum));
+    for (int64_t chunk = row; chunk < chunks && i < all; chunk += split.rows)
+      sum += static_cast<double>(partial[(slot * chunks + chunk) * all + i]);
+    sum = sum_over(sum, columns);
+    if (row == 0 && i < all) folded[slot * all + i] = static_cast<acc>(sum);
     __syncthreads();
   }
 }
 
-// dgate [N*T, C].
+// dweight [clips, C / group, K] of sums [clips, count, K, C], which are frames where there is a gate: a block has tap k
+// of as many kernels as it has columns.
+template <class scalar>
+__global__ void __launch_bounds__(kThreads, 4)
+    weight_kernel(scalar* dweight, const acc_t<scalar>* sums, Coefficients<scalar> w, Split split, int64_t clips,
+                  int64_t count) {
+  const int columns = split.columns, row = threadIdx.x / columns;
+  const int64_t block = quotient(blockIdx.x, w.K), k = blockIdx.x - block * w.K;
+  const int64_t kernels = quotient(w.C, w.group), i = block * columns + threadIdx.x % columns;
+  for (int64_t clip = blockIdx.y; clip < clips; clip += gridDim.y) {
+    double total = 0;
+#pragma unroll 4
+    for (int64_t term = row; term < count * w.group && i < kernels; term += split.rows) {
+      const int64_t of_clip = quotient(term, w.group), at = clip * count + of_clip;
+      const int64_t c = i * w.group + term - of_clip * w.group;
+      double value = sums[(at * w.K + k) * w.C + c];
+      if (w.gate) value *= static_cast<double>(static_cast<acc_t<scalar>>(w.gate[at * w.C + c]));
+      total += value;
+    }
+    total = sum_over(total, columns);
+    if (row == 0 && i < kernels)
+      dweight[(clip * kernels + i) * w.K + k] = static_cast<scalar>(static_cast<acc_t<scalar>>(total));
+    __syncthreads();
+  }
+}
+
+// dgate [N*T, C] of sums [N*T, K, C].
 template <class scalar>
 __global__ void __launch_bounds__(kThreads)
-    gate_kernel(scalar* dgate, const acc_t<scalar>* partial, Coefficients<scalar> w, Split split, int64_t frames,
-                int64_t chunks) {
-  const int columns = split.columns, row = threadIdx.x / columns;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * columns + threadIdx.x % columns;
+    gate_kernel(scalar* dgate, const acc_t<scalar>* sums, Coefficients<scalar> w, int64_t frames) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= w.C) return;
   for (int64_t frame = blockIdx.y; frame < frames; frame += gridDim.y) {
-    double sum = 0;
-    for (int64_t k = 0; k < w.K && c < w.C; ++k) {
-      double of_tap = 0;
-#pragma unroll 4
-      for (int64_t chunk = row; chunk < chunks; chunk += split.rows)
-        of_tap += static_cast<double>(partial[((frame * chunks + chunk) * w.K + k) * w.C + c]);
-      sum += of_tap * w.tap(quotient(frame, w.T), c, k);
-    }
-    sum = sum_over(sum, columns);
-    if (row == 0 && c < w.C) dgate[frame * w.C + c] = static_cast<scalar>(static_cast<acc_t<scalar>>(sum));
-    __syncthreads();
+    double total = 0;
+    for (int64_t k = 0; k < w.K; ++k)
+      total += static_cast<double>(sums[(frame * w.K + k) * w.C + c]) * w.tap(quotient(frame, w.T), c, k);
+    dgate[frame * w.C + c] = static_cast<scalar>(static_cast<acc_t<scalar>>(total));
   }
 }
 
@@ -448,8 +454,12 @@ void backward(const DeviceGuard& guard, const Clip* dx, const Tensor* dweight, c
   int64_t rows = std::min<int64_t>(x.N, 65535);
   if (slot == Slot::row) rows = blocks_for(x.N, blocks_for(x.N, std::min(x.N, blocks_for(1024, blocks))));
   const int64_t slots = slot == Slot::frame ? x.N * x.T : slot == Slot::clip ? x.N : rows;
-  const Tensor partial = torch::stable::new_empty(x.tensor, std::array<int64_t, 1>{slots * tile.chunks * w.K * x.C},
-                                                  sizeof(acc) == 8 ? ScalarType::Double : ScalarType::Float);
+  const auto scratch = [&](int64_t count) {
+    return torch::stable::new_empty(x.tensor, std::array<int64_t, 1>{count},
+                                    sizeof(acc) == 8 ? ScalarType::Double : ScalarType::Float);
+  };
+  const int64_t all = w.K * x.C;
+  Tensor partial = scratch(slots * tile.chunks * all);
   acc* sums = static_cast<acc*>(partial.data_ptr());
   const Coefficients<scalar> of_packs = w.for_packs(x.channels_last, V);
   const auto run = [&](auto kernel, int first) {
@@ -465,17 +475,25 @@ void backward(const DeviceGuard& guard, const Clip* dx, const Tensor* dweight, c
       by_one ? run(backward_kernel<scalar, 1, 1>, k) : run(backward_kernel<scalar, kWide, 1>, k);
     if (dx) conv(guard, *dx, dy, w, true);
   }
+  int64_t count = slots * tile.chunks;
+  if (slot == Slot::frame && tile.chunks > 1) {
+    const Split split(tile.chunks, all);
+    const Tensor folded = scratch(slots * all);
+    launch(guard, fold_kernel<acc>, {blocks_for(all, split.columns), slots}, static_cast<acc*>(folded.data_ptr()), sums,
+           split, all, slots, tile.chunks);
+    partial = folded;
+    sums = static_cast<acc*>(folded.data_ptr());
+    count = slots;
+  }
   if (dweight) {
-    const Split split(slots * tile.chunks / (w.per_clip ? x.N : 1));
-    const int64_t units = w.group == 1 ? blocks_for(w.C, split.columns) : w.C / w.group;
-    launch(guard, weight_kernel<scalar>, {units * w.K, w.per_clip ? x.N : 1}, static_cast<scalar*>(dweight->data_ptr()),
-           sums, w, split, slots, tile.chunks, slot);
+    const int64_t clips = w.per_clip ? x.N : 1, kernels = w.C / w.group;
+    const Split split(count / clips * w.group, kernels);
+    launch(guard, weight_kernel<scalar>, {blocks_for(kernels, split.columns) * w.K, clips},
+           static_cast<scalar*>(dweight->data_ptr()), sums, w, split, clips, count / clips);
   }
-  if (dgate) {
-    const Split split(tile.chunks);
-    launch(guard, gate_kernel<scalar>, {blocks_for(w.C, split.columns), x.N * x.T},
-           static_cast<scalar*>(dgate->data_ptr()), sums, w, split, x.N * x.T, tile.chunks);
-  }
+  if (dgate)
+    launch(guard, gate_kernel<scalar>, {blocks_for(w.C, kThreads), x.N * x.T}, static_cast<scalar*>(dgate->data_ptr()),
+           sums, w, x.N * x.T);
 }
 
 std::tuple<Tensor, Tensor, Tensor> temporal_conv_backward(const Tensor& grad, const Tensor& x_, const Tensor& weight,
