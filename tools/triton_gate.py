@@ -1,11 +1,12 @@
 """Compiles every Triton kernel, or those of the ops that are named, for 8.0 and 9.0 as the tests' cases launch it.
 
 Needs Triton, no GPU. The ops run on tensors without memory; in place of a launch the kernel is compiled, for the
-arguments' types and for what Triton would find out about their values. Fails where a kernel has local memory or spills
-registers, where one that is to move 16 bytes at a time does not, and where a matrix product does without the
-instructions that Hopper has for it.
+arguments' types and for what Triton would find out about their values. Fails where a kernel has local memory, spills
+registers or takes more shared memory than there is, where one that is to move 16 bytes at a time does not, and where a
+matrix product does without the instructions that Hopper has for it.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from cases import CASES
 from inputs import as_tuple, make
 
+import tempops
 from tempops import _backend
 from tempops.ops._contract import Shape
 from tempops.triton import _common
@@ -32,7 +34,14 @@ SHAPE = Shape(2, 8, 128, 16, 16)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 PRODUCTS = ("product_kernel", "weight_kernel")
 SPILLED = 16  # bytes: ptxas puts a number or two aside around a whole loop, which costs nothing
-HELD = {"conv_backward_kernel": 128, "bidirectional_backward_kernel": 32}  # those of kernels that use all they may
+HELD = {  # those of kernels that use all they may
+    "conv_backward_kernel": 128,
+    "bidirectional_backward_kernel": 32,
+    "product_kernel": 88,  # two programs of 128 by 128 a multiprocessor have 128 registers a thread
+    "weight_kernel": 56,
+}
+SHARED = {80: 166912, 90: 232448}  # bytes that a block may have
+STAGES = ((64, 64), (256, 64), (512, 128), (512, 256), (1024, 256), (2048, 512))  # C, Cout of shift_conv1x1 in a ResNet
 
 # The widest load and store, in bytes, of kernels some of whose variants do without 16, and why.
 LEAST = {
@@ -100,7 +109,7 @@ class Launch:
 
 
 def launches() -> list[tuple]:
-    """What all cases launch, forward, backward and double backward."""
+    """What all cases launch, forward, backward and double backward, and the products of a ResNet's stages."""
     torch.library.wrap_triton = Launch
     _backend._choice.name = "triton"
     for case in CASES:
@@ -118,6 +127,14 @@ def launches() -> list[tuple]:
                     dins = torch.autograd.grad(outs, (x, *others), grads, create_graph=True)
                     ddins = [torch.empty_like(d) for d in dins]
                     torch.autograd.grad(dins, (x, *others, *grads), ddins, allow_unused=True)
+    if not sys.argv[1:] or "shift_conv1x1" in sys.argv[1:]:
+        for (C, Cout), dtype in itertools.product(STAGES, (torch.float32, torch.bfloat16)):
+            x = torch.empty(96, C, 14, 14, dtype=dtype, device="meta", memory_format=torch.channels_last)
+            weight = torch.empty(Cout, C, 1, 1, dtype=dtype, device="meta")
+            inputs = [x.requires_grad_(), weight.requires_grad_()]
+            with Entries():
+                y = tempops.shift_conv1x1(*inputs, None, 8)
+                torch.autograd.grad(y, inputs, torch.empty_like(y))
     return list(Launch.kept.values())
 
 
@@ -169,14 +186,12 @@ def main() -> None:
         least = LEAST.get(name) or LEAST.get(f"{name} {element}", (16, 16))
         slow = name in PRODUCTS and architecture == 90 and min(wgmma) == 0
         narrow = min(load) < least[0] or min(store) < least[1]
-        if max(local) or max(spilled) > HELD.get(name, SPILLED) or narrow or slow:
+        large = max(shared) > SHARED[architecture]
+        if max(local) or max(spilled) > HELD.get(name, SPILLED) or narrow or slow or large:
             failed.append(line)
     if failed:
-        sys.exit(
-            "\n".join(
-                ["local memory, more than a few bytes spilled, or accesses narrower than they should be:", *failed]
-            )
-        )
+        what = "local memory, more than a few bytes spilled, too much shared, or accesses narrower than they should be:"
+        sys.exit("\n".join([what, *failed]))
 
 
 if __name__ == "__main__":

@@ -331,8 +331,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// How a block adds up `terms` numbers for each of its columns, of which there are `all`: by `rows` threads, neighbours in
-// neighbouring columns. More rows than a warp has lanes are for few columns.
+// How a block adds up `terms` numbers for each of its columns, of which there are `all`: by `rows` threads, neighbours
+// in neighbouring columns. More rows than a warp has lanes are for few columns.
 struct Split {
   int rows = 1, columns;
 

@@ -195,8 +195,9 @@ def tile_of(tiles: dict, sizes: tuple[int, ...], depth: int, x: Tensor, precisio
     m, n, k, warps, stages = tile
     tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k // size}
     tile |= {"num_warps": warps, "num_stages": int(min(stages, 1 + cdiv(depth * size, k)))}
-    # Two programs of 128 by 128 at a time, one of which computes while the other begins or ends.
-    return tile | (registers(x, 128) if (m, n, warps) == (128, 128, 8) else {})
+    # Two programs of 128 by 128 at a time, one of which computes while the other begins or ends; not of float32, whose
+    # rounding takes registers.
+    return tile | (registers(x, 128) if (m, n, warps, size) == (128, 128, 8, 2) else {})
 
 
 def described(y: Clips, x: Clips, fold: int) -> tuple[int, int, dict]:
