@@ -41,10 +41,15 @@ def deterministic():
 
 
 @pytest.fixture(autouse=True)
+def no_tf32(monkeypatch):
+    """On a GPU eager's convolutions are otherwise of TF32, and so is the error that the ops' is compared with."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def on_its_device(request, monkeypatch):
     """A test of a GPU's back end makes its tensors there, and is skipped where the back end has not the op."""
-    if torch.cuda.is_available():  # else eager's own error is that of TF32
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     backend, case = parameters.get("backend"), parameters.get("case")
     if backend in inputs.GPU and not inputs.INTERPRETED:
