@@ -168,7 +168,7 @@ TEMPOPS_INLINE inline void line_maximum(word* __restrict best, word* __restrict 
       c = line.inside(p, 1) ? c : kOutside<word>;
       const word ab = b > a ? b : a;
       if constexpr (maxima) best[p] = c > ab ? c : ab;
-      if constexpr (offsets) won[p] = (c > ab) | (c == kNaN<word>) ? 1 : (b > a) | (b == kNaN<word>) ? 0 : -1;
+      if constexpr (offsets) won[p] = ((c > ab) | (c == kNaN<word>)) ? 1 : ((b > a) | (b == kNaN<word>)) ? 0 : -1;
     }
   } else {
     const word first = -radius;
@@ -184,7 +184,7 @@ TEMPOPS_INLINE inline void line_maximum(word* __restrict best, word* __restrict 
         b = line.inside(p, d) ? b : kOutside<word>;
         if constexpr (offsets) {
           const word before = won[p];
-          won[p] = (b > a) | (b == kNaN<word>) ? d : before;
+          won[p] = ((b > a) | (b == kNaN<word>)) ? d : before;
         }
         best[p] = b > a ? b : a;
       }
