@@ -10,12 +10,14 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace tempops {
@@ -44,14 +46,15 @@ inline bool is_supported(ScalarType dtype) {
 // Whether the strides say channels_last, by PyTorch's own rule (suggest_memory_format). Slices count as what they are
 // slices of; tempops/ops/_contract.py holds the same rule for fake tensors.
 inline bool is_channels_last(const Tensor& x) {
-  const int64_t rank = x.dim();
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t rank = sizes.size();
   int64_t at_least = 0;
-  if (x.stride(1) == 0) return false;
+  if (strides[1] == 0) return false;
   for (int64_t i = 0; i < rank; ++i) {
     const int64_t d = i == 0 ? 1 : i == rank - 1 ? 0 : rank - i;  // C, then W, H, (T), then the outermost
-    if (x.size(d) == 0 || x.stride(d) < at_least) return false;
-    if (d == 0 && at_least == x.stride(1)) return false;
-    at_least = x.stride(d) * (x.size(d) > 1 ? x.size(d) : 1);
+    if (sizes[d] == 0 || strides[d] < at_least) return false;
+    if (d == 0 && at_least == strides[1]) return false;
+    at_least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
   }
   return true;
 }
@@ -106,31 +109,32 @@ inline int64_t frames_of(const Tensor& x, Segments n_segment, const char* name) 
 }
 
 inline bool readable(const Tensor& x, bool channels_last) {
-  const int64_t h = x.dim() - 2, w = x.dim() - 1;
-  const auto step = [&](int64_t d, int64_t expected) { return x.size(d) <= 1 || x.stride(d) == expected; };
-  if (!channels_last) return step(w, 1) && step(h, x.size(w));
-  if (x.size(w) > 1) return step(1, 1) && step(h, x.size(w) * x.stride(w));
+  const auto sizes = x.sizes(), strides = x.strides();
+  const size_t h = sizes.size() - 2, w = sizes.size() - 1;
+  const auto step = [&](size_t d, int64_t expected) { return sizes[d] <= 1 || strides[d] == expected; };
+  if (!channels_last) return step(w, 1) && step(h, sizes[w]);
+  if (sizes[w] > 1) return step(1, 1) && step(h, sizes[w] * strides[w]);
   return step(1, 1);
 }
 
 inline Clip view(Tensor x, int64_t T, bool channels_last) {
-  const bool five = x.dim() == 5;
-  const int64_t h = x.dim() - 2, w = x.dim() - 1;
+  const auto sizes = x.sizes(), strides = x.strides();
+  const bool five = sizes.size() == 5;
+  const size_t h = sizes.size() - 2, w = sizes.size() - 1;
   Clip clip;
-  clip.tensor = x;
   clip.address = x.data_ptr();
   clip.dtype = x.scalar_type();
-  clip.rank = x.dim();
-  clip.N = five ? x.size(0) : x.size(0) / T;
+  clip.rank = sizes.size();
+  clip.N = five ? sizes[0] : sizes[0] / T;
   clip.T = T;
-  clip.C = x.size(1);
-  clip.H = x.size(h);
-  clip.W = x.size(w);
+  clip.C = sizes[1];
+  clip.H = sizes[h];
+  clip.W = sizes[w];
   clip.P = clip.H * clip.W;
-  clip.sn = five ? x.stride(0) : x.stride(0) * T;
-  clip.st = five ? x.stride(2) : x.stride(0);
-  clip.sc = x.stride(1);
-  clip.sp = clip.W > 1 ? x.stride(w) : x.stride(h);
+  clip.sn = five ? strides[0] : strides[0] * T;
+  clip.st = five ? strides[2] : strides[0];
+  clip.sc = strides[1];
+  clip.sp = clip.W > 1 ? strides[w] : strides[h];
   // The stride of a dimension of size 1 says nothing; kernels may rely on these.
   if (channels_last) {
     clip.sc = 1;
@@ -140,7 +144,36 @@ inline Clip view(Tensor x, int64_t T, bool channels_last) {
     if (clip.C == 1) clip.sc = clip.P;
   }
   clip.channels_last = channels_last;
+  clip.tensor = std::move(x);
   return clip;
+}
+
+// The sizes or strides of a tensor of four or five dimensions; a vector would allocate.
+using Numbers = std::array<int64_t, 5>;
+
+// The strides of a tensor that is contiguous or channels_last, as torch.empty gives them.
+inline Numbers dense_strides(const Numbers& sizes, int64_t rank, bool channels_last) {
+  Numbers strides{};
+  int64_t step = channels_last ? sizes[1] : 1;
+  for (int64_t d = rank - 1; d >= (channels_last ? 2 : 0); --d) {
+    strides[d] = step;
+    step *= channels_last ? sizes[d] : std::max<int64_t>(sizes[d], 1);
+  }
+  if (channels_last) strides[1] = 1, strides[0] = step;
+  return strides;
+}
+
+// An uninitialised tensor of the dtype and device of `like`. torch::stable::empty would look the operator up by its
+// name, which takes as long as the rest of a small call.
+inline Tensor empty_strided(const Numbers& sizes, const Numbers& strides, int64_t rank, const Tensor& like) {
+  int32_t dtype, device_type, device_index;
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes.data(), strides.data(), dtype, device_type, device_index, &out));
+  return Tensor(out);
 }
 
 }  // namespace detail
@@ -171,12 +204,10 @@ inline Clip clips_like(const Tensor& x, const Clip& like, const char* name) {
 
 // An uninitialised tensor of clips in the layout, rank, dtype and device of `like`.
 inline Clip empty_clips(const Clip& like, int64_t T, int64_t C, int64_t H, int64_t W) {
-  const int64_t N = like.N;
-  const std::vector<int64_t> sizes =
-      like.rank == 5 ? std::vector<int64_t>{N, C, T, H, W} : std::vector<int64_t>{N * T, C, H, W};
-  Tensor out = torch::stable::empty(sizes, like.dtype, std::nullopt, like.tensor.device(), std::nullopt,
-                                    memory_format(like.rank, like.channels_last));
-  return detail::view(out, T, like.channels_last);
+  const int64_t N = like.N, rank = like.rank;
+  const detail::Numbers sizes = rank == 5 ? detail::Numbers{N, C, T, H, W} : detail::Numbers{N * T, C, H, W};
+  const detail::Numbers strides = detail::dense_strides(sizes, rank, like.channels_last);
+  return detail::view(detail::empty_strided(sizes, strides, rank, like.tensor), T, like.channels_last);
 }
 
 inline Clip empty_like(const Clip& like) {

@@ -1,8 +1,9 @@
-"""What every test gets: fixed seeds, and uninitialised memory filled with NaN so that an unwritten output shows.
+"""What every test gets: fixed seeds, and uninitialised memory filled so that an unwritten output shows.
 
 A run of all the tests is spread over the cores.
 """
 
+import ctypes
 import os
 
 import inputs
@@ -15,6 +16,11 @@ from tempops import _backend  # the library of schemas comes before what overrid
 if os.environ.get("TEMPOPS_CUDA_SIM"):  # the CUDA kernels, run by this processor (tests/cuda_sim)
     torch.ops.load_library(os.environ["TEMPOPS_CUDA_SIM"])
 
+
+# PyTorch fills only what its own torch.empty makes: the C library (glibc alone can) fills all memory, with -1.7e38.
+M_PERTURB = -6
+if hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(M_PERTURB, 1)
 
 MOST_PROCESSES = 4  # each imports torch and compiles
 

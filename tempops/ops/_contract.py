@@ -180,21 +180,17 @@ class Op:
         self.recorded = recorded
 
     def __call__(self, x: Tensor, *args):
-        device = x.device.type if isinstance(x, Tensor) else "cpu"
+        device = _device_type(x)
         if _autocasts(device):
             dtype = torch.get_autocast_dtype(device) if self.autocast == "compute" else getattr(x, "dtype", None)
-            x, *args = (_cast(a, dtype) for a in (x, *args))
             with torch.autocast(device, enabled=False):
-                return self._run(device, x, *args)
-        return self._run(device, x, *args)
-
-    def _run(self, device: str, x: Tensor, *args):
+                return self(*(_cast(a, dtype) for a in (x, *args)))
         self.check(x, *args)
         namespace = None if is_transformed() else _backend.namespace(device, self.name)
         if namespace is None:
             return self.reference(x, *args)
         entries = getattr(torch.ops, namespace)
-        needs_gradient = _needs_gradient(x, *args)
+        needs_gradient = torch.is_grad_enabled() and _requires_grad(x, *args)
         if needs_gradient and self.recorded is not None:
             return getattr(entries, self.recorded).default(x, *args)[0]
         entry = getattr(entries, self.name).default
@@ -205,17 +201,23 @@ class Op:
             return entry(x, *args)
 
 
+def _device_type(x: object) -> str:
+    """The type of x's device: the usual two by flags, as spelling out a device takes longer."""
+    if not isinstance(x, Tensor):
+        return "cpu"
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+
+
 @torch.compiler.assume_constant_result  # torch.compile guards on it, and enters the transforms while it traces
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work: entries have no rules for them."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def _needs_gradient(*args) -> bool:
-    if torch.is_grad_enabled():
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.requires_grad:
-                return True
+def _requires_grad(*args) -> bool:
+    for arg in args:
+        if isinstance(arg, Tensor) and arg.requires_grad:
+            return True
     return False
 
 
