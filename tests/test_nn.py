@@ -253,6 +253,36 @@ def test_equation(name, training, backend):
     for grad, expected in zip(torch.autograd.grad(y, (x, *parameters), dy), wanted_grads):
         torch.testing.assert_close(grad, expected)
         assert expected.any()
+    if not training:
+        with torch.no_grad(), tempops.backend(backend):
+            torch.testing.assert_close(layer(x), wanted)
+
+
+@layers
+@pytest.mark.parametrize("gradients", (True, False))
+def test_bfloat16_in_evaluation(name, gradients):
+    layer, x = made(name).eval(), input_of(name)
+    expected = layer.bfloat16().double()(x.bfloat16().double())
+    with torch.set_grad_enabled(gradients):
+        y = layer.bfloat16()(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).norm() < 0.05 * expected.norm()
+
+
+def test_normalisations_in_weights_leave_hooks_and_exchanged_modules():
+    layer, x = made("LongTermTDM").eval(), input_of("LongTermTDM")
+    expected, called = layer(x), []
+    for module in (layer.squeeze, layer.expand_bn):
+        module.register_forward_hook(lambda module, inputs, output: called.append(module))
+    torch.testing.assert_close(layer(x), expected)
+    assert called == [layer.squeeze, layer.expand_bn]
+    other = made("LongTermTDM").eval()
+    other.load_state_dict(layer.state_dict())
+    other.fine = torch.nn.Sequential(layer.fine)
+    other.coarse = torch.nn.Conv2d(2, 2, 3, padding=1, bias=True).double()
+    other.coarse.weight, other.coarse_bn.running_mean = layer.coarse.weight, layer.coarse_bn.running_mean + 3
+    other.coarse.bias.data.fill_(3)
+    torch.testing.assert_close(other(x), expected)
 
 
 @layers

@@ -1,5 +1,6 @@
 """What the layers share: T, the number of frames of a clip, which may change after construction."""
 
+import torch
 from torch import Tensor, nn
 
 from ..ops._contract import check_int
@@ -76,3 +77,30 @@ def reduced(channels: int, reduction: int) -> int:
     """C/r, at least 1."""
     check_int("reduction", reduction, least=1)
     return max(1, channels // reduction)
+
+
+def factor_and_offset(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a batch normalisation in evaluation multiplies each channel with and adds to it, at least in float32."""
+    tensors = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    mean, var, weight, bias = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+    factor = weight * (var + bn.eps).rsqrt()
+    return factor, bias - mean * factor
+
+
+def normalized_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """``bn(conv(x))``; in evaluation one convolution with the normalisation in its weights: its result is written once.
+
+    The modules are called where they have hooks, or were exchanged for others.
+    """
+    if bn.training or not _are_plain(conv, bn):
+        return bn(conv(x))
+    factor, offset = factor_and_offset(bn)
+    weight = (conv.weight * factor[:, None, None, None]).to(conv.weight.dtype)
+    return conv._conv_forward(x, weight, offset.to(weight.dtype))
+
+
+def _are_plain(conv: nn.Module, bn: nn.Module) -> bool:
+    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+        return False
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (conv, bn))
+    return not hooked and conv.bias is None and bn.running_mean is not None and bn.affine

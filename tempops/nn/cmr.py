@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import channel_motion_gate, cosine_gate
-from ._layer import SqueezedGate, TemporalLayer
+from ._layer import SqueezedGate, TemporalLayer, factor_and_offset, normalized_conv
 
 
 class ChannelMotionEnhancement(SqueezedGate):
@@ -62,13 +62,15 @@ class SpatialMotionEnhancement(TemporalLayer):
         return y
 
     def _normalized(self, y: Tensor) -> Tensor:
+        """The normalised convolution of y, which nobody else has."""
         if self.scale is None:
-            return self.bn(self.conv(y))
-        bn = self.bn
-        if bn.training:
-            return bn(y * self.scale.to(y.dtype)[:, None, None])
+            return normalized_conv(self.conv, self.bn, y)
+        if self.bn.training:
+            return self.bn(y * self.scale.to(y.dtype)[:, None, None])
         # In evaluation the scale and the normalisation are one factor and one summand for each channel: one pass.
-        tensors = bn.running_mean, bn.running_var, bn.weight, bn.bias, self.scale
-        mean, var, weight, bias, scale = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
-        offset = bias - mean * weight * (var + bn.eps).rsqrt()
-        return F.batch_norm(y, torch.zeros_like(mean), var, weight * scale, offset, eps=bn.eps)
+        factor, offset = factor_and_offset(self.bn)
+        factor = factor * self.scale.to(factor.dtype)
+        if torch.is_grad_enabled() or y.dtype != factor.dtype:
+            none, one = torch.zeros_like(factor), torch.ones_like(factor)
+            return F.batch_norm(y, none, one, factor, offset, eps=0)
+        return torch.addcmul(offset[:, None, None], y, factor[:, None, None], out=y)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import bidirectional_difference, temporal_conv
-from ._layer import TemporalLayer, reduced
+from ._layer import TemporalLayer, normalized_conv, reduced
 
 
 class ChannelwiseSpatioTemporal(TemporalLayer, nn.Conv2d):
@@ -63,7 +63,7 @@ class ChannelwiseMotion(TemporalLayer):
         self.expand = nn.Conv2d(squeezed, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.bn(self.squeeze(x))
+        z = normalized_conv(self.squeeze, self.bn, x)
         difference, _ = bidirectional_difference(z, self.align.weight, self.n_segment, True)
         y = self.expand(difference)
         return y if self.stride == 1 else F.max_pool2d(y, self.stride, ceil_mode=True)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..ops import bidirectional_difference, frame_difference, motion_attention
 from ..ops._contract import check_choice
-from ._layer import TemporalLayer, reduced
+from ._layer import TemporalLayer, normalized_conv, reduced
 
 VARIANTS = ("released", "paper")
 
@@ -40,14 +40,19 @@ class ShortTermTDM(TemporalLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         differences = frame_difference(x, self.n_frames, 2 if min(x.shape[2:]) > 1 else 1)
-        return F.max_pool2d(F.relu(self.bn(self.conv(differences)), inplace=True), 3, stride=2, padding=1)
+        y = normalized_conv(self.conv, self.bn, differences)
+        return F.max_pool2d(F.relu(y, inplace=True), 3, stride=2, padding=1)
 
     def fuse(self, x: Tensor, motion: Tensor) -> Tensor:
         """:math:`a x + b\\,\\text{motion}`, the latter enlarged to the size of x by nearest neighbour."""
-        enlarged = F.interpolate(motion, x.shape[2:])  # never motion itself, even at the same size
+        size, (h, w) = x.shape, motion.shape[2:]
+        if size[2:] == (2 * h, 2 * w):  # each pixel of motion meets its four of x
+            x, motion = x.unflatten(3, (w, 2)).unflatten(2, (h, 2)), motion[:, :, :, None, :, None]
+        else:
+            motion = F.interpolate(motion, size[2:])
         if self.variant == "paper":
-            return enlarged.add_(x)
-        return enlarged.lerp_(x, 0.5 if self.n_segment == 8 else 0.75)  # (1 - a) motion + a x in one pass
+            return (x + motion).reshape(size)
+        return torch.lerp(motion, x, 0.5 if self.n_segment == 8 else 0.75).reshape(size)  # (1 - a) motion + a x
 
 
 class LongTermTDM(TemporalLayer):
@@ -91,7 +96,7 @@ class LongTermTDM(TemporalLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         released = self.variant == "released"
-        z = self.squeeze_bn(self.squeeze(x))
+        z = normalized_conv(self.squeeze, self.squeeze_bn, x)
         differences = bidirectional_difference(z, self.align.weight, self.n_segment, released)
         if self.training:
             forward, backward = map(self._logits, differences)
@@ -102,9 +107,10 @@ class LongTermTDM(TemporalLayer):
     def _logits(self, d: Tensor) -> Tensor:
         size = d.shape[2:]
         pooled = F.avg_pool2d(d, [min(2, side) for side in size])
-        coarse = self.coarse_bn(self.coarse(pooled))
+        coarse = normalized_conv(self.coarse, self.coarse_bn, pooled)
+        fine = normalized_conv(self.fine, self.fine_bn, d)
+        enlarged = F.interpolate(coarse, size, mode="nearest" if self.variant == "released" else "bilinear")
+        scales = (d + enlarged).add_(fine)
         if self.variant == "released":
-            scales = (d + F.interpolate(coarse, size) + self.fine_bn(self.fine(d))) * (1 / 3)
-        else:
-            scales = d + F.interpolate(coarse, size, mode="bilinear") + self.fine_bn(self.fine(d))
-        return self.expand_bn(self.expand(scales))
+            scales.mul_(1 / 3)
+        return normalized_conv(self.expand, self.expand_bn, scales)
