@@ -168,10 +168,10 @@ inline Numbers dense_strides(const Numbers& sizes, int64_t rank, bool channels_l
 inline Tensor empty_strided(const Numbers& sizes, const Numbers& strides, int64_t rank, const Tensor& like) {
   int32_t dtype, device_type, device_index;
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes.data(), strides.data(), dtype, device_type, device_index, &out));
   return Tensor(out);
 }

@@ -119,7 +119,8 @@ void shift_inplace(const Clip& x, const Shift& shift) {
   const int64_t rows = x.channels_last ? x.P : moving, pitch = x.channels_last ? x.sp : x.sc;
   const int64_t block = x.channels_last ? std::clamp<int64_t>(kBlock / (moving * sizeof(word)), 1, x.P) : 1;
   const int64_t blocks = (rows + block - 1) / block;
-  parallel(x.N * blocks, x.T * block * (x.channels_last ? moving : x.P), [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+  parallel(x.N * blocks, x.T * block * (x.channels_last ? moving : x.P),
+           [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / blocks, first = i % blocks * block, last = std::min(first + block, rows);
       for (const Group& group : {parts[0], parts[1]}) {
