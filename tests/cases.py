@@ -96,6 +96,8 @@ CASES = [
          benchmark=False),
     Case("temporal_shift-causal", lambda x, t: tempops.temporal_shift(x, t, 8, "causal"), moves=True, linear=True,
          benchmark=False),
+    Case("temporal_shift-all", lambda x, t: tempops.temporal_shift(x, t, 1, "causal"), moves=True, linear=True,
+         benchmark=False),
     Case("temporal_conv", lambda x, t, w: tempops.temporal_conv(x, w, t), lambda s, make: (make(s.C, 3),)),
     Case("temporal_conv-gate", lambda x, t, w, g: tempops.temporal_conv(x, w, t, g),
          lambda s, make: (make(s.C, 3), make(s.N * s.T, s.C))),

@@ -121,6 +121,17 @@ def test_deep_products(backend, layout):
     assert_as_good_as_eager(case, backend, make(case, Shape(1, 3, 300, 5, 7), layout, torch.float32))
 
 
+@compiled
+@pytest.mark.parametrize("fold_div, mode", ((1, "causal"), (2, "bidirectional")))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_channels_that_all_move(backend, fold_div, mode, dtype):
+    case = dataclasses.replace(
+        NAMED["shift_conv1x1"], call=lambda x, t, w: tempops.shift_conv1x1(x, w, None, t, fold_div, mode)
+    )
+    for layout in layouts(case):
+        assert_as_good_as_eager(case, backend, make(case, BASE, layout, dtype))
+
+
 @cases
 @compiled
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

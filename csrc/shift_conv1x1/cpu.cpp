@@ -8,16 +8,7 @@
 namespace tempops {
 namespace {
 
-// Channels [begin, end) are those of frame t + offset.
-struct Group {
-  int64_t begin, end, offset;
-};
 using Groups = std::array<Group, 3>;
-
-Groups groups_of(const Shift& shift, int64_t C) {
-  return {Group{0, shift.fold, shift.first}, Group{shift.fold, 2 * shift.fold, shift.second},
-          Group{2 * shift.fold, C, 0}};
-}
 
 constexpr int64_t kDepth = 256;  // channels summed before the next are packed
 constexpr int64_t kPanels = 4;   // panels of pixels packed at a time

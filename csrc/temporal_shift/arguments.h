@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,6 +29,17 @@ inline Shift shift_of(int64_t C, int64_t fold_div, const std::string& mode) {
   TEMPOPS_CHECK(fold_div >= least, "fold_div must be at least ", least, " for mode='", mode, "', got ", fold_div);
   if (causal) return {C / fold_div, -1, 0};
   return {C / fold_div, bidirectional ? 1 : -1, bidirectional ? -1 : 1};
+}
+
+// Channels [begin, end) are those of frame t + offset.
+struct Group {
+  int64_t begin, end, offset;
+};
+
+// The three groups of C channels. Where one group has them all (causal, fold_div 1) the others are empty.
+inline std::array<Group, 3> groups_of(const Shift& shift, int64_t C) {
+  const int64_t rest = std::min(2 * shift.fold, C);
+  return {Group{0, shift.fold, shift.first}, Group{shift.fold, rest, shift.second}, Group{rest, C, 0}};
 }
 
 // Raises unless the elements of x are known to lie apart: each stride past all that the smaller ones reach.

@@ -8,15 +8,6 @@ namespace {
 
 constexpr int64_t kBlock = 16384;  // bytes of a frame that are moved together: both writes of them meet in the cache
 
-struct Group {
-  int64_t begin, end, offset;  // channels [begin, end) read frame t + offset
-};
-
-std::array<Group, 3> groups(const Shift& shift, int64_t C) {
-  return {Group{0, shift.fold, shift.first}, Group{shift.fold, 2 * shift.fold, shift.second},
-          Group{2 * shift.fold, C, 0}};
-}
-
 // dst = src, `count` elements that do not overlap; a null src is a frame outside the clip. Nothing is fetched ahead, in
 // none of the loops here: the processor foresees copies itself, and was slower for the hints.
 template <class word>
@@ -59,7 +50,7 @@ const word* shifted_frame(const Clip& x, int64_t n, int64_t t) {
 // A frame's channels are rows of P pixels: adjacent rows of one group move together.
 template <class word>
 void shift_planar(const Clip& y, const Clip& x, const Shift& shift) {
-  const auto parts = groups(shift, x.C);
+  const auto parts = groups_of(shift, x.C);
   parallel(x.N * x.T * x.C, x.P, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     for (int64_t row = begin; row < end;) {
       const int64_t frame = row / x.C, n = frame / x.T, t = frame % x.T, first = row % x.C;
@@ -86,7 +77,7 @@ template <class word>
 void shift_channels_last(const Clip& y, const Clip& x, const Shift& shift) {
   const int64_t block = std::clamp<int64_t>(kBlock / (x.C * sizeof(word)), 1, x.P);
   const int64_t blocks = (x.P + block - 1) / block;
-  const auto parts = groups(shift, x.C);
+  const auto parts = groups_of(shift, x.C);
   const bool dense = x.sp == x.C && y.sp == y.C;
   parallel(x.N * blocks, x.T * block * x.C, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     for (int64_t i = begin; i < end; ++i) {
@@ -100,6 +91,7 @@ void shift_channels_last(const Clip& y, const Clip& x, const Shift& shift) {
           for (int64_t p = 0; p < pixels; ++p) move(dst + p * y.sp, here + p * x.sp, x.C);
         }
         for (const Group& group : {parts[0], parts[1]}) {
+          if (group.offset == 0) continue;
           const word* src = shifted_frame<word>(x, n, t + group.offset);
           if (src) src += p0 * x.sp + group.begin;
           move_rows(dst + group.begin, y.sp, src, x.sp, pixels, group.end - group.begin);
@@ -115,7 +107,7 @@ template <class word>
 void shift_inplace(const Clip& x, const Shift& shift) {
   const int64_t moving = 2 * shift.fold;
   if (moving == 0) return;
-  const auto parts = groups(shift, x.C);
+  const auto parts = groups_of(shift, x.C);
   const int64_t rows = x.channels_last ? x.P : moving, pitch = x.channels_last ? x.sp : x.sc;
   const int64_t block = x.channels_last ? std::clamp<int64_t>(kBlock / (moving * sizeof(word)), 1, x.P) : 1;
   const int64_t blocks = (rows + block - 1) / block;
