@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import tempops
 from tempops import nn
@@ -269,20 +270,72 @@ def test_bfloat16_in_evaluation(name, gradients):
     assert (y - expected).norm() < 0.05 * expected.norm()
 
 
-def test_normalisations_in_weights_leave_hooks_and_exchanged_modules():
+WATCHERS = {
+    "forward": lambda module, see: module.register_forward_hook(lambda *_: see()),
+    "forward_pre": lambda module, see: module.register_forward_pre_hook(lambda *_: see()),
+    "backward": lambda module, see: module.register_full_backward_hook(lambda *_: see()),
+    "backward_pre": lambda module, see: module.register_full_backward_pre_hook(lambda *_: see()),
+    "global": lambda module, see: register_module_forward_hook(lambda other, *_: see() if other is module else None),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@pytest.mark.parametrize(
+    "name, modules",
+    (
+        ("LongTermTDM", ("squeeze", "squeeze_bn", "fine", "coarse_bn", "expand", "expand_bn")),
+        ("ShortTermTDM", ("conv", "bn")),
+        ("ChannelwiseMotion", ("squeeze", "bn")),
+        ("SpatialMotionEnhancement", ("bn",)),
+        ("SpatialMotionEnhancement-dense", ("conv", "bn")),
+    ),
+)
+def test_watched_modules_are_called(name, modules, watcher):
+    """In evaluation a normalisation is part of what comes before it, but for who watches it."""
+    layer, x = made(name).eval(), input_of(name).requires_grad_()
+    expected = layer(x)
+    if watcher.startswith("backward") and name != "ChannelwiseMotion":
+        modules = [module for module in modules if module != "bn"]
+        if not modules:
+            pytest.skip("PyTorch has no such hooks before an in-place function")
+    for module in modules:
+        seen = []
+        handle = WATCHERS[watcher](getattr(layer, module), lambda: seen.append(module))  # noqa: B023
+        y = layer(x)
+        y.sum().backward()
+        handle.remove()
+        torch.testing.assert_close(y, expected)
+        assert seen
+
+
+def test_exchanged_modules_are_called():
     layer, x = made("LongTermTDM").eval(), input_of("LongTermTDM")
-    expected, called = layer(x), []
-    for module in (layer.squeeze, layer.expand_bn):
-        module.register_forward_hook(lambda module, inputs, output: called.append(module))
+    expected = layer(x)
+    layer.fine = torch.nn.Sequential(layer.fine)
+    patched = layer.squeeze
+    patched.forward = lambda x: torch.nn.Conv2d.forward(patched, x)
+    coarse = torch.nn.Conv2d(2, 2, 3, padding=1).double()
+    coarse.weight, layer.coarse = layer.coarse.weight, coarse
+    coarse.bias.data.fill_(3)
+    layer.coarse_bn.running_mean += 3
     torch.testing.assert_close(layer(x), expected)
-    assert called == [layer.squeeze, layer.expand_bn]
-    other = made("LongTermTDM").eval()
-    other.load_state_dict(layer.state_dict())
-    other.fine = torch.nn.Sequential(layer.fine)
-    other.coarse = torch.nn.Conv2d(2, 2, 3, padding=1, bias=True).double()
-    other.coarse.weight, other.coarse_bn.running_mean = layer.coarse.weight, layer.coarse_bn.running_mean + 3
-    other.coarse.bias.data.fill_(3)
-    torch.testing.assert_close(other(x), expected)
+    sme, x = made("SpatialMotionEnhancement").eval(), input_of("SpatialMotionEnhancement")
+    sme.bn.bias.data.zero_()
+    expected = sme(x)
+    sme.bn.register_parameter("bias", None)
+    torch.testing.assert_close(sme(x), expected)
+
+
+@pytest.mark.parametrize("name", ("SpatialMotionEnhancement", "LongTermTDM"))
+def test_transforms_in_evaluation(name):
+    """torch.jit.trace compares a graph with one traced without gradients; transforms have no rules for out=."""
+    layer, x = made(name).eval(), input_of(name)
+    expected, tangent = torch.func.jvp(layer, (x,), (x,))
+    torch.testing.assert_close(torch.jit.trace(layer, (x,))(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(layer)(x[None])[0], expected)
+        for one, other in zip(torch.func.jvp(layer, (x,), (x,)), (expected, tangent)):
+            torch.testing.assert_close(one, other)
 
 
 @layers

@@ -79,28 +79,35 @@ def reduced(channels: int, reduction: int) -> int:
     return max(1, channels // reduction)
 
 
-def factor_and_offset(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a batch normalisation in evaluation multiplies each channel with and adds to it, at least in float32."""
+def factor_and_offset(bn: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """What a batch normalisation multiplies each channel with and adds to it, at least in float32.
+
+    None where it does something else: in training, without statistics or parameters, or where it `is_watched`.
+    """
+    if bn.training or is_watched(bn, nn.BatchNorm2d):
+        return None
     tensors = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    if any(x is None for x in tensors):
+        return None
     mean, var, weight, bias = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
     factor = weight * (var + bn.eps).rsqrt()
     return factor, bias - mean * factor
 
 
-def normalized_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def normalized_conv(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
     """``bn(conv(x))``; in evaluation one convolution with the normalisation in its weights: its result is written once.
 
-    The modules are called where they have hooks, or were exchanged for others.
+    Both are called where somebody watches them, or exchanged them for other modules.
     """
-    if bn.training or not _are_plain(conv, bn):
+    normalization = factor_and_offset(bn)
+    if normalization is None or is_watched(conv, nn.Conv2d) or conv.bias is not None:
         return bn(conv(x))
-    factor, offset = factor_and_offset(bn)
+    factor, offset = normalization
     weight = (conv.weight * factor[:, None, None, None]).to(conv.weight.dtype)
     return conv._conv_forward(x, weight, offset.to(weight.dtype))
 
 
-def _are_plain(conv: nn.Module, bn: nn.Module) -> bool:
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
-        return False
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (conv, bn))
-    return not hooked and conv.bias is None and bn.running_mean is not None and bn.affine
+def is_watched(module: nn.Module, kind: type) -> bool:
+    """Whether to call the module is more than to do what its class `kind` does: it has hooks, or is another's."""
+    own = any(getattr(module, f"_{name}_hooks") for name in ("forward_pre", "forward", "backward_pre", "backward"))
+    return own or nn.modules.module._has_any_global_hook() or type(module) is not kind or "forward" in vars(module)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import channel_motion_gate, cosine_gate
+from ..ops._contract import is_transformed
 from ._layer import SqueezedGate, TemporalLayer, factor_and_offset, normalized_conv
 
 
@@ -65,12 +66,15 @@ class SpatialMotionEnhancement(TemporalLayer):
         """The normalised convolution of y, which nobody else has."""
         if self.scale is None:
             return normalized_conv(self.conv, self.bn, y)
-        if self.bn.training:
+        normalization = factor_and_offset(self.bn)
+        if normalization is None:
             return self.bn(y * self.scale.to(y.dtype)[:, None, None])
-        # In evaluation the scale and the normalisation are one factor and one summand for each channel: one pass.
-        factor, offset = factor_and_offset(self.bn)
+        # The scale and the normalisation are one factor and one summand for each channel: one pass, and in place where
+        # nothing is recorded.
+        factor, offset = normalization
         factor = factor * self.scale.to(factor.dtype)
-        if torch.is_grad_enabled() or y.dtype != factor.dtype:
+        recorded = torch.is_grad_enabled() or torch.jit.is_tracing() or is_transformed()
+        if recorded or y.dtype != factor.dtype:
             none, one = torch.zeros_like(factor), torch.ones_like(factor)
             return F.batch_norm(y, none, one, factor, offset, eps=0)
         return torch.addcmul(offset[:, None, None], y, factor[:, None, None], out=y)
