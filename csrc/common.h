@@ -151,6 +151,12 @@ inline Clip view(Tensor x, int64_t T, bool channels_last) {
 // The sizes or strides of a tensor of four or five dimensions; a vector would allocate.
 using Numbers = std::array<int64_t, 5>;
 
+inline std::string join(const Numbers& numbers, int64_t rank) {
+  std::string joined;
+  for (int64_t d = 0; d < rank; ++d) joined += (d ? ", " : "") + std::to_string(numbers[d]);
+  return joined;
+}
+
 // The strides of a tensor that is contiguous or channels_last, as torch.empty gives them.
 inline Numbers dense_strides(const Numbers& sizes, int64_t rank, bool channels_last) {
   Numbers strides{};
@@ -171,8 +177,11 @@ inline Tensor empty_strided(const Numbers& sizes, const Numbers& strides, int64_
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, sizes.data(), strides.data(), dtype, device_type, device_index, &out));
+  const bool made = aoti_torch_empty_strided(rank, sizes.data(), strides.data(), dtype, device_type, device_index,
+                                             &out) == AOTI_TORCH_SUCCESS;
+  // The words by which training loops recognise that a batch is too large: the exception itself does not come through.
+  TEMPOPS_CHECK(made, device_type == aoti_torch_device_type_cuda() ? "CUDA out of memory." : "out of memory:",
+                " tempops could not allocate an output of shape [", join(sizes, rank), "]");
   return Tensor(out);
 }
 

@@ -37,6 +37,16 @@ def fails(error, message, call):
             call()
 
 
+def test_no_memory():
+    """The error says so, in the words that training loops look for."""
+    x = torch.zeros(1, 100, 100, 100).expand(10**8, -1, -1, -1)
+    with (
+        tempops.backend("cpu"),
+        pytest.raises(RuntimeError, match=r"out of memory: .* shape \[100000000, 100, 100, 100\]"),
+    ):
+        tempops.temporal_shift(x, 4)
+
+
 @on_clips
 @devices
 def test_segments(name, device):
