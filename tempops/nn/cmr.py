@@ -72,9 +72,9 @@ class SpatialMotionEnhancement(TemporalLayer):
         # The scale and the normalisation are one factor and one summand for each channel: one pass, and in place where
         # nothing is recorded.
         factor, offset = normalization
-        factor = factor * self.scale.to(factor.dtype)
+        scale = self.scale.to(factor.dtype)
         recorded = torch.is_grad_enabled() or torch.jit.is_tracing() or is_transformed()
         if recorded or y.dtype != factor.dtype:
-            none, one = torch.zeros_like(factor), torch.ones_like(factor)
-            return F.batch_norm(y, none, one, factor, offset, eps=0)
-        return torch.addcmul(offset[:, None, None], y, factor[:, None, None], out=y)
+            var, weight = (x.to(factor.dtype) for x in (self.bn.running_var, self.bn.weight))
+            return F.batch_norm(y, torch.zeros_like(var), var, weight * scale, offset, eps=self.bn.eps)
+        return torch.addcmul(offset[:, None, None], y, (factor * scale)[:, None, None], out=y)
