@@ -109,5 +109,5 @@ def normalized_conv(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
 
 def is_watched(module: nn.Module, kind: type) -> bool:
     """Whether to call the module is more than to do what its class `kind` does: it has hooks, or is another's."""
-    own = any(getattr(module, f"_{name}_hooks") for name in ("forward_pre", "forward", "backward_pre", "backward"))
-    return own or nn.modules.module._has_any_global_hook() or type(module) is not kind or "forward" in vars(module)
+    hooked = any(getattr(module, f"_{name}_hooks") for name in ("forward_pre", "forward", "backward_pre", "backward"))
+    return hooked or nn.modules.module._has_any_global_hook() or type(module) is not kind or "forward" in vars(module)
