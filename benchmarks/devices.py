@@ -12,6 +12,7 @@ import pytest
 import torch
 from activations import FRAMES, SIZES
 from cases import why_not
+from memory import huge_pages
 from turns import Prepared, clocked, seconds_in_turns
 
 from tempops import _backend
@@ -67,7 +68,7 @@ class Cpu:
 
     def machine(self) -> dict[str, str | int]:
         """What the report says of the device."""
-        return {}
+        return {"in huge pages": huge_pages()}
 
 
 class Cuda(Cpu):
