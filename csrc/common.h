@@ -223,9 +223,18 @@ inline Clip empty_like(const Clip& like) {
   return empty_clips(like, like.T, like.C, like.H, like.W);
 }
 
+// An uninitialised contiguous tensor of any sizes, at most five, in the dtype and device of `like`.
+template <class Sizes>
+Tensor empty_contiguous(const Sizes& sizes, const Tensor& like) {
+  detail::Numbers numbers{};
+  std::copy(sizes.begin(), sizes.end(), numbers.begin());
+  const int64_t rank = sizes.size();
+  return detail::empty_strided(numbers, detail::dense_strides(numbers, rank, false), rank, like);
+}
+
 // What an op returns in place of a gradient that nobody asked for.
 inline Tensor no_gradient(const Tensor& like) {
-  return torch::stable::new_empty(like, std::array<int64_t, 1>{0});
+  return empty_contiguous(std::array<int64_t, 1>{0}, like);
 }
 
 // A small dense argument (weights, gates) of the given shape, in x's dtype and device.

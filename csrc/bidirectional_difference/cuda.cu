@@ -650,7 +650,7 @@ std::tuple<Tensor, Tensor> bidirectional_difference_backward(const Tensor& grad_
     backward = dense(backward);
   }
   const std::optional<Clip> dx = need_x ? std::optional(empty_like(x)) : std::nullopt;
-  Tensor dweight = need_weight ? torch::stable::new_empty(weight, weight.sizes()) : no_gradient(weight);
+  Tensor dweight = need_weight ? empty_contiguous(weight.sizes(), weight) : no_gradient(weight);
   const auto gradients = [&] { return std::tuple(dx ? dx->tensor : no_gradient(x.tensor), dweight); };
   if (x.empty()) torch::stable::zero_(dweight);
   if (x.empty() || (!need_x && !need_weight)) return gradients();

@@ -152,7 +152,7 @@ auto through(const F& f, const Tensor& x, const Weights&... weights) {
   const std::array<const Tensor*, products> given = {&weights...};
   const int64_t frames = x.size(0), K = x.size(1), M = given[0]->size(0);
   std::array<Tensor, products> results = {
-      (static_cast<void>(weights), torch::stable::new_empty(x, std::array<int64_t, 2>{frames, M}))...};
+      (static_cast<void>(weights), empty_contiguous(std::array<int64_t, 2>{frames, M}, x))...};
   by_accumulator(x.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
     const auto run_tiles =
@@ -204,7 +204,7 @@ void add(const Tensor& sum, const Tensor& more) {
 }
 
 Tensor mixed(const Tensor& z, const Tensor& k, int64_t T) {
-  Tensor out = torch::stable::empty_like(z);
+  Tensor out = empty_contiguous(z.sizes(), z);
   by_accumulator(z.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
     mix(data<acc>(out), data<acc>(z), data<acc>(k), z.size(0) / T, T, z.size(1));
@@ -213,7 +213,7 @@ Tensor mixed(const Tensor& z, const Tensor& k, int64_t T) {
 }
 
 std::array<Tensor, 2> mixed_backward(const Tensor& dmixed, const Tensor& z, const Tensor& k, int64_t T) {
-  Tensor dz = torch::stable::empty_like(z), dk = torch::stable::empty_like(k);
+  Tensor dz = empty_contiguous(z.sizes(), z), dk = empty_contiguous(k.sizes(), k);
   by_accumulator(z.scalar_type(), [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
     mix_backward(data<acc>(dz), data<acc>(dk), data<acc>(dmixed), data<acc>(z), data<acc>(k), z.size(0) / T, T,

@@ -89,7 +89,7 @@ acc* data(const Tensor& x) {
 }
 
 Tensor square(const Tensor& z, int64_t T) {
-  return torch::stable::new_empty(z, std::array<int64_t, 2>{z.size(0), T});
+  return empty_contiguous(std::array<int64_t, 2>{z.size(0), T}, z);
 }
 
 }  // namespace
@@ -113,7 +113,7 @@ void add(const Tensor& sum, const Tensor& more) {
 
 Tensor mixed(const Tensor& z, const Tensor& k, int64_t T) {
   const DeviceGuard guard(z);
-  const Tensor out = torch::stable::empty_like(z), mixing = square(z, T);
+  const Tensor out = empty_contiguous(z.sizes(), z), mixing = square(z, T);
   by_accumulator(z, [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;
     launch(guard, row_kernel<acc>, {z.size(0)}, data<acc>(mixing), data<acc>(out), nullptr, data<acc>(z), data<acc>(k),
@@ -124,7 +124,7 @@ Tensor mixed(const Tensor& z, const Tensor& k, int64_t T) {
 
 std::array<Tensor, 2> mixed_backward(const Tensor& dmixed, const Tensor& z, const Tensor& k, int64_t T) {
   const DeviceGuard guard(z);
-  const Tensor dz = torch::stable::empty_like(z), dk = torch::stable::empty_like(z);
+  const Tensor dz = empty_contiguous(z.sizes(), z), dk = empty_contiguous(z.sizes(), z);
   const Tensor mixing = square(z, T), ds = square(z, T);
   by_accumulator(z, [&](auto* type) {
     using acc = std::remove_pointer_t<decltype(type)>;

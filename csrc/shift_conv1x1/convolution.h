@@ -109,8 +109,7 @@ struct ConvolutionBackward {
       x = clips(*x_, n_segment, "x", &like);
       TEMPOPS_CHECK(x->N == dy.N && x->T == dy.T && x->H == dy.H && x->W == dy.W, "grad has the wrong shape");
     }
-    weight =
-        weight_ ? read_weight(*weight_, grad, Cout, C) : torch::stable::new_empty(grad, weight_sizes(Cout, C, dy.rank));
+    weight = weight_ ? read_weight(*weight_, grad, Cout, C) : empty_contiguous(weight_sizes(Cout, C, dy.rank), grad);
   }
 
   Clip empty_dx() const {

@@ -221,8 +221,7 @@ void convolve(const Clip& y, const Clip& x, const Weight<scalar>& weight, const 
   constexpr int rows = Tile<scalar, wide>::rows;
   constexpr int columns = Tile < scalar, wide && !narrow > ::columns;
   const int64_t width = x.channels_last ? columns : rows;
-  const Tensor buffer =
-      torch::stable::new_empty(x.tensor, std::array<int64_t, 1>{(y.C + width - 1) / width * width * x.C});
+  const Tensor buffer = empty_contiguous(std::array<int64_t, 1>{(y.C + width - 1) / width * width * x.C}, x.tensor);
   scalar* packed = static_cast<scalar*>(buffer.data_ptr());
   if (x.channels_last) {
     pack_weight<columns>(packed, weight, y.C, x.C);

@@ -589,7 +589,7 @@ Tensor aligned(const Tensor& x) {
 }
 
 Tensor weight_gradient(const DeviceGuard& guard, const Clip& dy, const Clip& x, const Shift& shift, int width) {
-  const Tensor dweight = torch::stable::new_empty(x.tensor, std::array<int64_t, 2>{dy.C, x.C});
+  const Tensor dweight = empty_contiguous(std::array<int64_t, 2>{dy.C, x.C}, x.tensor);
   by_kernel(guard, x, width, dy.C, [&](auto* type, auto V, auto channels_last, auto outputs) {
     using scalar = std::remove_pointer_t<decltype(type)>;
     const int64_t row_tiles = blocks_for(dy.C, outputs), column_tiles = blocks_for(x.C, kLong);

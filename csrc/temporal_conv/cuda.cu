@@ -505,8 +505,8 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_backward(const Tensor& grad, co
   const Clip dy = clips_like(grad, x, "grad");
   TEMPOPS_CHECK(args.gated || !need_gate, "gate is None, so it has no gradient");
   const Clip dx = need_x ? empty_like(x) : x;
-  Tensor dweight = need_weight ? torch::stable::new_empty(args.weight, args.weight.sizes()) : no_gradient(weight);
-  Tensor dgate = need_gate ? torch::stable::new_empty(args.gate, args.gate.sizes()) : no_gradient(weight);
+  Tensor dweight = need_weight ? empty_contiguous(args.weight.sizes(), args.weight) : no_gradient(weight);
+  Tensor dgate = need_gate ? empty_contiguous(args.gate.sizes(), args.gate) : no_gradient(weight);
   if (x.empty()) {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dgate);
