@@ -583,23 +583,31 @@ def test_memory_is_flat(backend):
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="other processors have the baseline alone")
-@pytest.mark.parametrize("capability", ("default", "avx2"))
-def test_instruction_sets(capability):
-    """The same checks with the processor's wider instructions hidden, in a process of its own."""
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {"ATEN_CPU_CAPABILITY": "default"},
+        {"ATEN_CPU_CAPABILITY": "avx2"},
+        {"ATEN_CPU_CAPABILITY": "default", "TEMPOPS_CACHE_BYTES": "0"},
+        {"TEMPOPS_CACHE_BYTES": "0"},
+    ),
+    ids=("baseline", "avx2", "baseline-past the caches", "past the caches"),
+)
+def test_instructions(settings):
+    """The same checks in processes that hide wider instructions, and that write outputs of any size past the caches."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch, tempops, tempops._C\n"
         "from cases import CASES\n"
         "from inputs import BASE, SHAPES, fits, layouts, make\n"
         "from test_ops import assert_as_good_as_eager\n"
-        "assert tempops._C.instruction_set() == sys.argv[2], tempops._C.instruction_set()\n"
+        "limit = os.environ.get('ATEN_CPU_CAPABILITY', '').replace('default', 'baseline')\n"
+        "assert tempops._C.instruction_set() == (limit or tempops._C.instruction_set())\n"
         "torch.manual_seed(0)\n"
         "for case in CASES:\n"
         "    for layout in layouts(case)[:2]:\n"
         "        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
-        "            for shape in (BASE, SHAPES[5]):\n"
+        "            for shape in filter(lambda shape: fits(case, shape), (BASE, *SHAPES[5:7])):\n"
         "                assert_as_good_as_eager(case, 'cpu', make(case, shape, layout, dtype))\n"
     )
-    name = {"default": "baseline"}.get(capability, capability)
-    subprocess.run([sys.executable, "-c", program, os.path.dirname(__file__), name], check=True,
-                   env=os.environ | {"ATEN_CPU_CAPABILITY": capability})  # fmt: skip
+    subprocess.run([sys.executable, "-c", program, os.path.dirname(__file__)], check=True, env=os.environ | settings)

@@ -3,6 +3,7 @@
 // The 3x3 product of frame t is computed once and subtracted from frame t - 1 (`forward`) and frame t + 1 (`backward`).
 // A thread keeps a block of a clip in the cache and walks T, so that these frames are there already. Likewise the
 // backward adds up what the two gradients say of the product of frame t, and transposes the product once.
+#include "../stream.h"
 #include "../strip.h"
 #include "arguments.h"
 
@@ -139,7 +140,9 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   const acc* w = taps.data();
+  const bool past_caches = passes_caches({&x, &forward, &backward});
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [=](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Writer<scalar> to_forward(past_caches), to_backward(past_caches);
     Planes<acc> planes(x, strips);
     const auto columns = columns_of<word_t<acc>>(x, strips);
     for (int64_t item = first; item < last; ++item) {
@@ -156,28 +159,45 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
         }
         for (int64_t c = b.c; c < b.c + b.channels; ++c) {
           const ProductPlanar<acc> product{planes.at(b, c), w + c * kTaps, columns.data(), x.W};
-          const scalar* __restrict x_past = frames_x(b.n, past) + c * x.sc + begin;
-          const scalar* __restrict x_future = frames_x(b.n, future) + c * x.sc + begin;
-          scalar* __restrict y_past = frames_forward(b.n, past) + c * forward.sc + begin;
-          scalar* __restrict y_future = frames_backward(b.n, future) + c * backward.sc + begin;
-          const auto fetch = [&](int64_t p) TEMPOPS_INLINE {
-            fetch_to_read(x_future + p);
-            fetch_to_write(y_past + p);
-            fetch_to_write(y_future + p);
-          };
-          if (past < t && future > t) {
-            each<lanes_of<scalar>>(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
-              const acc value = product(p);
-              y_past[p] = store<scalar>(sign * (load(x_past[p]) - value));
-              y_future[p] = store<scalar>(sign * (load(x_future[p]) - value));
-            });
-          } else {
-            scalar* __restrict dst = past < t ? y_past : y_future;
-            const scalar* __restrict src = past < t ? x_past : x_future;
-            each<lanes_of<scalar>>(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
-              dst[p] = store<scalar>(sign * (load(src[p]) - product(p)));
-            });
-          }
+          const scalar* x_past = frames_x(b.n, past) + c * x.sc + begin;
+          const scalar* x_future = frames_x(b.n, future) + c * x.sc + begin;
+          scalar* const y_past = frames_forward(b.n, past) + c * forward.sc + begin;
+          scalar* const y_future = frames_backward(b.n, future) + c * backward.sc + begin;
+          const scalar* soon = x_future + (past_caches ? x.st : kAhead<scalar>);
+          to_forward.chosen([&](auto streams) TEMPOPS_INLINE {
+            if (past < t && future > t) {
+              to_forward.template write<streams()>(y_past, count,
+                                                   [&](scalar* ahead, int64_t from, int64_t n) TEMPOPS_INLINE {
+                const auto part = [=](scalar* __restrict behind, int64_t first, int64_t n) TEMPOPS_INLINE {
+                  const int64_t at = from + first;
+                  scalar* __restrict to_past = ahead + first;
+                  const auto fetch = [=](int64_t p) TEMPOPS_INLINE {
+                    __builtin_prefetch(soon + at + p);
+                    fetch_to_write(to_past + p);
+                    fetch_to_write(behind + p);
+                  };
+                  each<lanes_of<scalar>>(n, fetch, [=](int64_t p) TEMPOPS_INLINE {
+                    const acc value = product(at + p);
+                    to_past[p] = store<scalar>(sign * (load(x_past[at + p]) - value));
+                    behind[p] = store<scalar>(sign * (load(x_future[at + p]) - value));
+                  });
+                };
+                to_backward.template write<streams()>(y_future + from, n, part);
+              });
+            } else {
+              const scalar* src = past < t ? x_past : x_future;
+              const auto part = [=](scalar* __restrict to, int64_t at, int64_t n) TEMPOPS_INLINE {
+                const auto fetch = [=](int64_t p) TEMPOPS_INLINE {
+                  __builtin_prefetch(soon + at + p);
+                  fetch_to_write(to + p);
+                };
+                each<lanes_of<scalar>>(n, fetch, [=](int64_t p) TEMPOPS_INLINE {
+                  to[p] = store<scalar>(sign * (load(src[at + p]) - product(at + p)));
+                });
+              };
+              to_forward.template write<streams()>(past < t ? y_past : y_future, count, part);
+            }
+          });
         }
       }
     }
@@ -239,9 +259,12 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
   constexpr bool in_place = std::is_same_v<scalar, acc>;
   const Strips strips = Strips::of_long_pixels(x);
   const bool at_once = in_place && has_page_pixels(x);
+  const bool past_caches = !at_once && passes_caches({&x, &forward, &backward});
+  const int64_t soon = past_caches ? x.st : kAhead<scalar>;
   const std::vector<acc> taps = taps_of<scalar>(weight, x, false);
   const Frames<scalar> frames_x(x), frames_forward(forward), frames_backward(backward);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Writer<scalar> to_forward(past_caches), to_backward(past_caches);
     std::optional<Strip<acc>> strip;
     if (!in_place) strip.emplace(x, strips, acc(0));
     const int64_t pitch = strips.channels;
@@ -287,18 +310,35 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
               continue;
             }
             put_products(i, Kept<acc>{row.data(), pitch});
-            for (int64_t j = 0; j < x.W; ++j) {
-              const Written<scalar> to = written.at(i * x.W + j);
-              const acc* __restrict product = row.data() + j * pitch;
-              const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
-                fetch_to_read(to.future + c);
-                fetch_to_write(to.forward + c);
-                fetch_to_write(to.backward + c);
-              };
-              each<lanes_of<scalar>>(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE {
-                Put<scalar, to_past(), to_future()>{to}(0, c, product[c]);
-              });
-            }
+            to_forward.chosen([&](auto streams) TEMPOPS_INLINE {
+              for (int64_t j = 0; j < x.W; ++j) {
+                const Written<scalar> pixel = written.at(i * x.W + j);
+                const acc* product = row.data() + j * pitch;
+                const auto part = [=](scalar* ahead, scalar* behind, int64_t at, int64_t n) TEMPOPS_INLINE {
+                  const acc* __restrict value = product + at;
+                  const Put<scalar, to_past(), to_future()> put{
+                      {ahead, behind, pixel.past + at, pixel.future + at, 0, 0, 0, sign}};
+                  const auto fetch = [=](int64_t c) TEMPOPS_INLINE {
+                    __builtin_prefetch(put.to.future + c + soon);
+                    fetch_to_write(put.to.forward + c);
+                    fetch_to_write(put.to.backward + c);
+                  };
+                  each<lanes_of<scalar>>(n, fetch, [=](int64_t c) TEMPOPS_INLINE { put(0, c, value[c]); });
+                };
+                const auto forward_part = [&](scalar* ahead, int64_t from, int64_t n) TEMPOPS_INLINE {
+                  if constexpr (!to_future()) return part(ahead, ahead, from, n);
+                  const auto both = [=](scalar* behind, int64_t first, int64_t n)
+                                        TEMPOPS_INLINE { part(ahead + first, behind, from + first, n); };
+                  to_backward.template write<streams()>(pixel.backward + from, n, both);
+                };
+                const auto backward_part = [=](scalar* behind, int64_t from, int64_t n)
+                                               TEMPOPS_INLINE { part(behind, behind, from, n); };
+                if constexpr (to_past())
+                  to_forward.template write<streams()>(pixel.forward, b.channels, forward_part);
+                else
+                  to_backward.template write<streams()>(pixel.backward, b.channels, backward_part);
+              }
+            });
           }
         });
       }
@@ -464,7 +504,7 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
                 value.fetch(begin + p);
                 fetch_to_write(dst + p);
               };
-              each<lanes_of<scalar>>(count, fetch, [&](int64_t p) TEMPOPS_INLINE {
+              each<lanes_of<scalar>>(count, fetch, [=](int64_t p) TEMPOPS_INLINE {
                 dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
               });
             });
@@ -575,7 +615,7 @@ std::tuple<Tensor, Tensor> bidirectional_difference_backward(const Tensor& grad_
   const Clip forward = clips_like(grad_forward, x, "grad_forward");
   const Clip backward = clips_like(grad_backward, x, "grad_backward");
   const std::optional<Clip> dx = need_x ? std::optional(empty_like(x)) : std::nullopt;
-  Tensor dweight = need_weight ? torch::stable::new_empty(weight, weight.sizes()) : no_gradient(weight);
+  Tensor dweight = need_weight ? empty_contiguous(weight.sizes(), weight) : no_gradient(weight);
   by_dtype(x.dtype, [&](auto* type) {
     using scalar = std::remove_pointer_t<decltype(type)>;
     const acc_t<scalar> sign = neighbor_first ? -1 : 1;

@@ -6,6 +6,7 @@
 // added in the accumulation type and these subtotals in float64, so that thousands of channels lose no digits.
 #include <limits>
 
+#include "../stream.h"
 #include "../sums.h"
 #include "arguments.h"
 
@@ -99,18 +100,26 @@ struct PlanarBlock {
   }
 
   // out = sum over k of factors[k] * frames[k]
-  template <int terms, class scalar>
-  TEMPOPS_INLINE void mix(Frame<scalar> out, const Frame<scalar>* frames, const acc_t<scalar>* const* factors) const {
+  template <int terms, bool streams, class scalar>
+  TEMPOPS_INLINE void mix(Writer<scalar>& writer, Frame<scalar> out, const Frame<scalar>* frames,
+                          const acc_t<scalar>* const* factors) const {
     for (int64_t c = 0; c < C; ++c) {
-      scalar* __restrict row = out.data + at(out, c, first);
-      const scalar* source[terms];
-      for (int k = 0; k < terms; ++k) source[k] = frames[k].data + at(frames[k], c, first);
-      prefetch(row + kChannelsAhead * out.sc, pixels);
-      _Pragma("omp simd") for (int64_t p = 0; p < pixels; ++p) {
-        acc_t<scalar> sum = factors[0][p] * load(source[0][p]);
-        for (int k = 1; k < terms; ++k) sum += factors[k][p] * load(source[k][p]);
-        row[p] = store<scalar>(sum);
-      }
+      scalar* row = out.data + at(out, c, first);
+      if (!streams) prefetch(row + kChannelsAhead * out.sc, pixels);
+      writer.template write<streams>(row, pixels,
+                                     [=](scalar* __restrict to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+        const scalar* source[terms];
+        const acc_t<scalar>* factor[terms];
+        for (int k = 0; k < terms; ++k) {
+          source[k] = frames[k].data + at(frames[k], c, first) + begin;
+          factor[k] = factors[k] + begin;
+        }
+        _Pragma("omp simd") for (int64_t p = 0; p < count; ++p) {
+          acc_t<scalar> sum = factor[0][p] * load(source[0][p]);
+          for (int k = 1; k < terms; ++k) sum += factor[k][p] * load(source[k][p]);
+          to[p] = store<scalar>(sum);
+        }
+      });
     }
   }
 };
@@ -162,22 +171,25 @@ struct ChannelsLastBlock {
     }
   }
 
-  template <int terms, class scalar>
-  TEMPOPS_INLINE void mix(Frame<scalar> out, const Frame<scalar>* frames, const acc_t<scalar>* const* factors) const {
+  template <int terms, bool streams, class scalar>
+  TEMPOPS_INLINE void mix(Writer<scalar>& writer, Frame<scalar> out, const Frame<scalar>* frames,
+                          const acc_t<scalar>* const* factors) const {
     for (int64_t p = 0; p < pixels; ++p) {
-      scalar* __restrict row = out.data + at(out, 0, first + p);
-      const scalar* source[terms];
-      acc_t<scalar> factor[terms];
-      for (int k = 0; k < terms; ++k) {
-        source[k] = frames[k].data + at(frames[k], 0, first + p);
-        factor[k] = factors[k][p];
-      }
-      prefetch(row + kElementsAhead, C);
-      _Pragma("omp simd") for (int64_t c = 0; c < C; ++c) {
-        acc_t<scalar> sum = factor[0] * load(source[0][c]);
-        for (int k = 1; k < terms; ++k) sum += factor[k] * load(source[k][c]);
-        row[c] = store<scalar>(sum);
-      }
+      scalar* row = out.data + at(out, 0, first + p);
+      if (!streams) prefetch(row + kElementsAhead, C);
+      writer.template write<streams>(row, C, [=](scalar* __restrict to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+        const scalar* source[terms];
+        acc_t<scalar> factor[terms];
+        for (int k = 0; k < terms; ++k) {
+          source[k] = frames[k].data + at(frames[k], 0, first + p) + begin;
+          factor[k] = factors[k][p];
+        }
+        _Pragma("omp simd") for (int64_t c = 0; c < count; ++c) {
+          acc_t<scalar> sum = factor[0] * load(source[0][c]);
+          for (int k = 1; k < terms; ++k) sum += factor[k] * load(source[k][c]);
+          to[c] = store<scalar>(sum);
+        }
+      });
     }
   }
 };
@@ -208,7 +220,9 @@ template <bool gate, class scalar, class Block>
 void forward(const Clip& out, const Clip& x, double eps) {
   using acc = acc_t<scalar>;
   const int64_t blocks = Block::count(x), pairs = x.T - 1;
+  const bool past_caches = gate && passes_caches({&x, &out});
   parallel(x.N * blocks * pairs, x.C * x.P / blocks, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    Writer<scalar> writer(past_caches);
     Sums sums;
     alignas(64) acc result[kSlots];
     for (int64_t i = begin; i < end; ++i) {
@@ -224,7 +238,9 @@ void forward(const Clip& out, const Clip& x, double eps) {
         if constexpr (gate) {
           const Frame<scalar> source(x, n, frame);
           const acc* factor = result;
-          block.template mix<1>(Frame<scalar>(out, n, frame), &source, &factor);
+          writer.chosen([&](auto streams) TEMPOPS_INLINE {
+            block.template mix<1, streams()>(writer, Frame<scalar>(out, n, frame), &source, &factor);
+          });
         } else {
           scalar* __restrict map = out.frame<scalar>(n, frame) + block.first;
           for (int64_t p = 0; p < block.pixels; ++p) map[p] = store<scalar>(result[p]);
@@ -240,7 +256,9 @@ template <bool gate, class scalar, class Block>
 void backward(const Clip& dx, const Clip& grad, const Clip& x, double eps) {
   using acc = acc_t<scalar>;
   const int64_t blocks = Block::count(x), T = x.T;
+  const bool past_caches = passes_caches({&x, &grad, &dx});
   parallel(x.N * blocks * T, x.C * x.P / blocks, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+    Writer<scalar> writer(past_caches);
     Sums sums;
     alignas(64) acc by_grad[kSlots], by_here[kSlots], by_previous[kSlots], by_next[kSlots];
     alignas(64) double across[2][kSlots], along[2][kSlots];  // h / |a||b| and h s, of even and of odd pairs
@@ -291,8 +309,10 @@ void backward(const Clip& dx, const Clip& grad, const Clip& x, double eps) {
       if (t > 0) term(x, t - 1, by_previous);
       if (t + 1 < T) term(x, t + 1, by_next);
       const Frame<scalar> out(dx, n, t);
-      terms == kTerms ? block.template mix<kTerms>(out, frames, factors)
-                      : block.template mix<kTerms - 1>(out, frames, factors);
+      writer.chosen([&](auto streams) TEMPOPS_INLINE {
+        terms == kTerms ? block.template mix<kTerms, streams()>(writer, out, frames, factors)
+                        : block.template mix<kTerms - 1, streams()>(writer, out, frames, factors);
+      });
     }
   });
 }

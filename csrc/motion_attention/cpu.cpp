@@ -1,6 +1,7 @@
 // motion_attention on the CPU: one pass over memory, so what counts is that the sigmoids vectorise.
 #include "../map.h"
 #include "../sigmoid.h"
+#include "../stream.h"
 #include "arguments.h"
 
 namespace tempops {
@@ -61,21 +62,26 @@ Tensor motion_attention(const Tensor& x_, const Tensor& forward, const Tensor& b
     using scalar = std::remove_pointer_t<decltype(type)>;
     using acc = acc_t<scalar>;
     const acc base = centered ? 0.5 : 1;
+    const bool past_caches = passes_caches({&x, &ahead, &behind, &y});
     parallel(runs.count * runs.pieces, runs.size(0), [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        const scalar* __restrict source = runs.at<scalar>(x, piece);
-        const scalar* __restrict f = runs.at<scalar>(ahead, piece);
-        const scalar* __restrict b = runs.at<scalar>(behind, piece);
-        scalar* __restrict out = runs.at<scalar>(y, piece);
-        const int64_t size = runs.size(piece);
-        const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
-          for (const scalar* from : {source, f, b}) fetch_to_read(from + i);
-          fetch_to_write(out + i);
-        };
-        const auto attend = [=](acc x, acc f, acc b)
-                                TEMPOPS_INLINE { return x * (base + acc(0.5) * sum_of_sigmoids<scalar>(f, b)); };
-        map(size, fetch, attend, out, source, f, b);
-      }
+      Writer<scalar> writer(past_caches);
+      writer.chosen([&](auto streams) TEMPOPS_INLINE {
+        for (int64_t piece = begin; piece < end; ++piece) {
+          const scalar* __restrict source = runs.at<scalar>(x, piece);
+          const scalar* __restrict f = runs.at<scalar>(ahead, piece);
+          const scalar* __restrict b = runs.at<scalar>(behind, piece);
+          const auto part = [=](scalar* __restrict to, int64_t first, int64_t count) TEMPOPS_INLINE {
+            const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
+              for (const scalar* from : {source, f, b}) fetch_to_read(from + first + i);
+              fetch_to_write(to + i);
+            };
+            const auto attend = [=](acc x, acc f, acc b)
+                                    TEMPOPS_INLINE { return x * (base + acc(0.5) * sum_of_sigmoids<scalar>(f, b)); };
+            map(count, fetch, attend, to, source + first, f + first, b + first);
+          };
+          writer.template write<streams()>(runs.at<scalar>(y, piece), runs.size(piece), part);
+        }
+      });
     });
   });
   return y.tensor;
@@ -102,7 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> motion_attention_backward(const Tensor& grad,
     using scalar = std::remove_pointer_t<decltype(type)>;
     using acc = acc_t<scalar>;
     const acc base = centered ? 0.5 : 1;
+    const bool past_caches = passes_caches({&x, &ahead, &behind, &dy, &out[0], &out[1], &out[2]});
     parallel(runs.count * runs.pieces, 2 * runs.size(0), [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
+      Writer<scalar> writer(past_caches);
       alignas(64) acc buffers[7][Runs::kPiece];
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t size = runs.size(piece);
@@ -110,10 +118,11 @@ std::tuple<Tensor, Tensor, Tensor> motion_attention_backward(const Tensor& grad,
         const acc* __restrict f = widen(runs.at<scalar>(ahead, piece), buffers[1], size);
         const acc* __restrict b = widen(runs.at<scalar>(behind, piece), buffers[2], size);
         const acc* __restrict g = widen(runs.at<scalar>(dy, piece), buffers[3], size);
-        acc* target[3] = {buffers[4], buffers[5], buffers[6]};  // a gradient that nobody asked for ends here
+        // A gradient that nobody asked for ends in its buffer, one that is converted or streamed begins there.
+        acc* target[3] = {buffers[4], buffers[5], buffers[6]};
         if constexpr (std::is_same_v<scalar, acc>)
           for (int k = 0; k < 3; ++k)
-            if (needed[k]) target[k] = runs.at<scalar>(out[k], piece);
+            if (needed[k] && !past_caches) target[k] = runs.at<scalar>(out[k], piece);
         acc* __restrict dx = target[0];
         acc* __restrict df = target[1];
         acc* __restrict db = target[2];
@@ -130,12 +139,19 @@ std::tuple<Tensor, Tensor, Tensor> motion_attention_backward(const Tensor& grad,
           df[i] = half * to_next.slope;
           db[i] = half * to_previous.slope;
         });
-        if constexpr (!std::is_same_v<scalar, acc>)
-          for (int k = 0; k < 3; ++k) {
-            if (!needed[k]) continue;
-            scalar* row = runs.at<scalar>(out[k], piece);
-            _Pragma("omp simd") for (int64_t i = 0; i < size; ++i) row[i] = store<scalar>(target[k][i]);
+        for (int k = 0; k < 3; ++k) {
+          if (!needed[k]) continue;
+          scalar* row = runs.at<scalar>(out[k], piece);
+          if constexpr (!std::is_same_v<scalar, acc>) {
+            const auto part = [&](scalar* __restrict to, int64_t first, int64_t count) TEMPOPS_INLINE {
+              const acc* __restrict from = target[k] + first;
+              _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) to[i] = store<scalar>(from[i]);
+            };
+            writer.chosen([&](auto streams) TEMPOPS_INLINE { writer.template write<streams()>(row, size, part); });
+          } else if (past_caches) {
+            stream(row, target[k], size * sizeof(scalar));
           }
+        }
       }
     });
   });

@@ -10,6 +10,7 @@
 // each row, the column that won it.
 #include <limits>
 
+#include "../stream.h"
 #include "../strip.h"
 #include "arguments.h"
 
@@ -122,18 +123,19 @@ TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
   return std::bit_cast<acc>(flip(key));
 }
 
-// Fills rows [first, last) of a buffer with convert(element) of a frame of x. What is read next is fetched into the
-// cache meanwhile, and the same place of `next`, a frame of y, where a later stage writes.
+// Fills rows [first, last) of a buffer with convert(element) of a frame of x. Meanwhile what is read soon is fetched
+// into the cache, and, unless it is streamed, the same place of `next`, a frame of y, where a later stage writes.
 template <class scalar, class element, class F>
 TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const scalar* frame, const Clip& y, const scalar* next,
-                                     const Block& b, int64_t first, int64_t last, const F& convert) {
-  const int64_t ahead = x.channels_last ? 4 * x.sp : kAhead<scalar>;  // a pixel's channels are few: pixels ahead
+                                     bool streams, const Block& b, int64_t first, int64_t last, const F& convert) {
+  // Soon: the next frame where memory is far; else a little farther on, of a pixel's few channels pixels farther.
+  const int64_t ahead = streams ? x.st : x.channels_last ? 4 * x.sp : kAhead<scalar>;
   each_run(x, y, b, first, last, [&](int64_t from, int64_t next_from, int64_t at, int64_t n) TEMPOPS_INLINE {
     const scalar* __restrict src = frame + from;
     element* __restrict dst = to + at;
     const auto fetch = [&](int64_t i) TEMPOPS_INLINE {
       __builtin_prefetch(src + i + ahead);
-      __builtin_prefetch(next + next_from + i, 1);
+      if (!streams) __builtin_prefetch(next + next_from + i, 1);
     };
     each<lanes_of<scalar>>(n, fetch, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
   });
@@ -297,7 +299,9 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
   using word = word_t<acc>;
   const Tiling tiling(x, radius);
   const Frames<scalar> frames_x(x), frames_y(y);
+  const bool past_caches = passes_caches({&x, &y});
   parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
+    Writer<scalar> writer(past_caches);
     Buffers<word> words(3, x, tiling, radius);
     word *keys = words[0], *along_row = words[1], *best = words[2];
     ColumnTable<word> columns_of;
@@ -308,7 +312,7 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
       fill_outside(along_row, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), b, first, last,
+          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), writer.streams, b, first, last,
                     [](acc v) TEMPOPS_INLINE { return to_key(v); });
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, false, word>(along_row + p, nullptr, keys + p, columns, radius, b.along, n);
@@ -321,18 +325,21 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
           const scalar* past = frames_x(b.n, t - 1);
           scalar* frame = frames_y(b.n, t - 1);
           each_run(x, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
-            const scalar* __restrict src = past + from;
-            const word* __restrict maximum = best + at, * __restrict here = along_row + at;
-            const word *above = here - b.row, *below = here + b.row;
-            scalar* __restrict dst = frame + to;
-            each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE {
-              word key;
-              if constexpr (K == 3)
-                key = std::max(std::max(above[i], here[i]), below[i]);
-              else
-                key = maximum[i];
-              dst[i] = store<scalar>(from_key<acc>(key) - load(src[i]));
-            });
+            const auto part = [=](scalar* __restrict dst, int64_t begin, int64_t n) TEMPOPS_INLINE {
+              const scalar* __restrict src = past + from + begin;
+              const word* __restrict maximum = best + at + begin, * __restrict here = along_row + at + begin;
+              const word *above = here - b.row, *below = here + b.row;
+              each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE {
+                word key;
+                if constexpr (K == 3)
+                  key = std::max(std::max(above[i], here[i]), below[i]);
+                else
+                  key = maximum[i];
+                dst[i] = store<scalar>(from_key<acc>(key) - load(src[i]));
+              });
+            };
+            writer.chosen([&](auto streams)
+                              TEMPOPS_INLINE { writer.template write<streams()>(frame + to, count, part); });
           });
         };
         pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});
@@ -407,9 +414,12 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
   using word = word_t<acc>;
   constexpr bool in_place = std::is_same_v<scalar, acc>;
   const Strips strips = Strips::of_long_pixels(x);
-  const bool page_pixels = has_page_pixels(x);
+  const bool page_pixels = has_page_pixels(x), past_caches = !page_pixels && passes_caches({&x, &y});
+  // From the past frame to what is read soon: the last row of the next row's windows, or that of the next frame.
+  const int64_t soon = past_caches ? 2 * x.st : x.st + 2 * x.W * x.sp;
   const Frames<scalar> frames_x(x), frames_y(y);
   parallel(strips.units(x) * strips.channel_blocks, strips.work(x), [&](int64_t first, int64_t last) TEMPOPS_INLINE {
+    Writer<scalar> writer(past_caches);
     const int64_t pitch = strips.channels;
     std::optional<Strip<word>> keys;  // made where they are needed
     Scratch<word> best_keys;
@@ -422,15 +432,21 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
         const Enhanced<scalar> enhanced{frames_y(b.n, t - 1) + b.c, frames_x(b.n, t - 1) + b.c, y.sp, x.sp};
         // Writes row i, whose maxima lie in `row`.
         const auto write = [&](int64_t i, const auto* row) TEMPOPS_INLINE {
-          for (int64_t j = 0; j < x.W; ++j) {
-            const Enhanced<scalar> to = enhanced.at(i * x.W + j);
-            const auto* __restrict maximum = row + j * pitch;
-            const auto fetch = [&](int64_t c) TEMPOPS_INLINE {
-              __builtin_prefetch(to.past + c + x.st + 2 * x.W * x.sp);  // the last row of the next row's windows
-              fetch_to_write(to.y + c);
-            };
-            each<lanes_of<scalar>>(b.channels, fetch, [&](int64_t c) TEMPOPS_INLINE { to(0, c, maximum[c]); });
-          }
+          writer.chosen([&](auto streams) TEMPOPS_INLINE {
+            for (int64_t j = 0; j < x.W; ++j) {
+              const Enhanced<scalar> pixel = enhanced.at(i * x.W + j);
+              const auto part = [=](scalar* to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+                const Enhanced<scalar> put{to, pixel.past + begin, 0, 0};
+                const auto* __restrict maximum = row + j * pitch + begin;
+                const auto fetch = [=](int64_t c) TEMPOPS_INLINE {
+                  __builtin_prefetch(put.past + c + soon);
+                  fetch_to_write(put.y + c);
+                };
+                each<lanes_of<scalar>>(count, fetch, [=](int64_t c) TEMPOPS_INLINE { put(0, c, maximum[c]); });
+              };
+              writer.template write<streams()>(pixel.y, b.channels, part);
+            }
+          });
         };
         if constexpr (in_place) {
           if (!has_nan(frame, x, b)) {
@@ -483,7 +499,9 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
   const int64_t halo = 2 * radius;
   const Tiling tiling(x, radius);
   const Frames<scalar> frames_x(x), frames_dy(dy), frames_dx(dx);
+  const bool past_caches = passes_caches({&x, &dy, &dx});
   parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
+    Writer<scalar> writer(past_caches);
     Buffers<word> words(5, x, tiling, halo);
     Buffers<acc> values(4, x, tiling, halo);
     word *keys = words[0], *along_row = words[1], *best = words[2], *won_column = words[3], *won_row = words[4];
@@ -500,7 +518,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
         const bool pooled = t > 0, subtracted = t + 1 < x.T;
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
           if (!pooled) return;
-          load_rows(keys, x, frames_x(b.n, t), dx, frames_dx(b.n, t), b, first, last,
+          load_rows(keys, x, frames_x(b.n, t), dx, frames_dx(b.n, t), writer.streams, b, first, last,
                     [](acc v) TEMPOPS_INLINE { return to_key(v); });
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
@@ -508,7 +526,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
         const auto column_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
           const int64_t p = b.at(first), n = b.until(last) - p;
           if (subtracted)
-            load_rows(here, dy, frames_dy(b.n, t), dx, frames_dx(b.n, t), b, first, last,
+            load_rows(here, dy, frames_dy(b.n, t), dx, frames_dx(b.n, t), writer.streams, b, first, last,
                       [](acc v) TEMPOPS_INLINE { return v; });
           if (!pooled) return;
           line_maximum<K, false, true>(best + p, won_row + p, along_row + p, Rows<word>{}, radius, b.row, n);
@@ -521,15 +539,18 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
           }
           scalar* frame = frames_dx(b.n, t);
           each_run(dx, dx, b, first, last, [&](int64_t to, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
-            scalar* __restrict dst = frame + to;
-            const acc* __restrict added = sum + at, * __restrict taken = here + at;
-            if (!pooled)
-              each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(-taken[i]); });
-            else if (!subtracted)
-              each<lanes_of<scalar>>(count, [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i]); });
-            else
-              each<lanes_of<scalar>>(count,
-                                     [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
+            const auto part = [=](scalar* __restrict dst, int64_t begin, int64_t n) TEMPOPS_INLINE {
+              const acc* __restrict added = sum + at + begin, * __restrict taken = here + at + begin;
+              if (!pooled)
+                each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(-taken[i]); });
+              else if (!subtracted)
+                each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i]); });
+              else
+                each<lanes_of<scalar>>(n,
+                                       [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
+            };
+            writer.chosen([&](auto streams)
+                              TEMPOPS_INLINE { writer.template write<streams()>(frame + to, count, part); });
           });
         };
         pipeline(b, radius, radius, tiling.band, row_stage, column_stage, gather_stage);
@@ -558,9 +579,9 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
       for (word* buffer : {keys, along_row}) fill_outside(buffer, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), b, first, last,
+          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), false, b, first, last,
                     [](acc v) TEMPOPS_INLINE { return to_key(v); });
-          load_rows(here, other, frames_other(b.n, t), y, frames_y(b.n, t - 1), b, first, last,
+          load_rows(here, other, frames_other(b.n, t), y, frames_y(b.n, t - 1), false, b, first, last,
                     [](acc v) TEMPOPS_INLINE { return v; });
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<0, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);

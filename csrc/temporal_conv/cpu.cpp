@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../map.h"
+#include "../stream.h"
 #include "../sums.h"
 #include "arguments.h"
 
@@ -121,36 +122,37 @@ TEMPOPS_INLINE inline void with_taps(int64_t count, const F& f) {
   }
 }
 
-// out = sum_m a[m] * x[m] over the tile; a[m] has tile.coefficients() values.
-template <class scalar, std::size_t... m>
+// out = sum_m a[m] * x[m] over the tile; a[m] has tile.coefficients() values. `next` is read soon.
+template <bool streams, class scalar, std::size_t... m>
 TEMPOPS_INLINE inline void combine(std::index_sequence<m...>, const Tile& tile, const Rows<scalar>& out,
-                                   const scalar* const* x, int64_t pitch, const acc_t<scalar>* const* a) {
+                                   const scalar* const* x, const scalar* next, int64_t pitch,
+                                   const acc_t<scalar>* const* a, Writer<scalar>& writer) {
   using acc = acc_t<scalar>;
-  if (!tile.by_element) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const acc by[] = {a[m][r]...};
-      const scalar* const from[] = {x[m] + r * pitch...};
-      scalar* to = out.data + r * out.pitch;
-      const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
-        fetch_to_read(from[sizeof...(m) - 1] + i);
-        fetch_to_write(to + i);
-      };
-      const auto sum = [=](auto... value) TEMPOPS_INLINE { return (... + (by[m] * value)); };
-      map(tile.length, fetch, sum, to, from[m]...);
-    }
-    return;
-  }
-  const acc* const by[] = {a[m]...};
+  const int64_t length = tile.length;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const scalar* const from[] = {x[m] + r * pitch...};
-    scalar* to = out.data + r * out.pitch;
-    const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
-      fetch_to_read(from[sizeof...(m) - 1] + i);
-      fetch_to_write(to + i);
+    const scalar* const soon = next + r * pitch;
+    const auto fetch = [=](const scalar* to, int64_t begin) TEMPOPS_INLINE {
+      return [=](int64_t i) TEMPOPS_INLINE {
+        __builtin_prefetch(soon + begin + i);
+        fetch_to_write(to + i);
+      };
     };
-    each<lanes_of<scalar>>(tile.length, fetch, [=](int64_t i) TEMPOPS_INLINE {
-      to[i] = store<scalar>((... + (by[m][i] * load(from[m][i]))));
-    });
+    scalar* const row = out.data + r * out.pitch;
+    if (!tile.by_element) {
+      const acc by[] = {a[m][r]...};
+      const auto sum = [=](auto... value) TEMPOPS_INLINE { return (... + (by[m] * value)); };
+      writer.template write<streams>(row, length, [=](scalar* to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+        map(count, fetch(to, begin), sum, to, from[m] + begin...);
+      });
+    } else {
+      const acc* const by[] = {a[m]...};
+      writer.template write<streams>(row, length, [=](scalar* to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+        each<lanes_of<scalar>>(count, fetch(to, begin), [=](int64_t i) TEMPOPS_INLINE {
+          to[i] = store<scalar>((... + (by[m][begin + i] * load(from[m][begin + i]))));
+        });
+      });
+    }
   }
 }
 
@@ -162,10 +164,17 @@ TEMPOPS_INLINE inline void by_four(int64_t rows, const F& f) {
   for (; r < rows; ++r) f(std::make_index_sequence<1>(), r);
 }
 
-// Adds to q[m], which has tile.coefficients() values, the sums of here * x[m], for M <= 3 frames.
+// Fetches what is read soon.
+template <class scalar>
+TEMPOPS_INLINE inline void fetch_row(const scalar* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(scalar)) __builtin_prefetch(row + i);
+}
+
+// Adds to q[m], which has tile.coefficients() values, the sums of here * x[m], for M <= 3 frames. `next`, as far from
+// `here` as the rows, is read soon.
 template <int M, class scalar>
-TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const scalar* const* x, int64_t pitch,
-                                    acc_t<scalar>* const* q) {
+TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const scalar* next, const scalar* const* x,
+                                    int64_t pitch, acc_t<scalar>* const* q) {
   using acc = acc_t<scalar>;
   constexpr int m1 = M > 1, m2 = M > 2 ? 2 : 0;
   if (!tile.by_element) {
@@ -174,6 +183,7 @@ TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const s
                    *x2 = x[m2] + r * pitch;
       for (int64_t begin = 0; begin < tile.length; begin += kChunk) {
         const int64_t end = std::min(begin + kChunk, tile.length);
+        fetch_row(next + r * here.pitch + begin, end - begin);
         acc sums[M] = {};
         add_up<lanes_of<scalar>>(sums, end - begin, [=](int64_t i, acc& q0, acc& q1, acc& q2) TEMPOPS_INLINE {
           const acc v = load(h[begin + i]);
@@ -188,6 +198,7 @@ TEMPOPS_INLINE inline void products(const Tile& tile, Rows<scalar> here, const s
   }
   acc *q0 = q[0], *q1 = q[m1], *q2 = q[m2];
   const auto rows = [=]<std::size_t... row>(std::index_sequence<row...>, int64_t r) TEMPOPS_INLINE {
+    (fetch_row(next + (r + row) * here.pitch, tile.length), ...);
     const scalar* const h[] = {here.data + (r + row) * here.pitch...};
     const scalar* const v0[] = {x[0] + (r + row) * pitch...};
     const scalar* const v1[] = {x[m1] + (r + row) * pitch...};
@@ -209,16 +220,18 @@ struct Window {
 
   const Coefficients<scalar>& w;
   const bool transposed;  // taps reversed, the gate of the frame written in place of those read
+  const bool streams;     // past the caches, so that fetching reaches farther
   const int64_t size;     // coefficients of a tap
   Tile tile{};
   int64_t n = -1, first = 0, count = 0;  // taps [first, first + count)
   int64_t pitch = 0;
+  const scalar* next = nullptr;  // what to fetch: a distance ahead, or what the next step reads for the first time
   Scratch<acc> kernels, gated, row;
   std::vector<const scalar*> x;  // by tap
   std::vector<const acc*> a;
 
-  Window(const Coefficients<scalar>& w_, bool transposed_, const Tiling& tiling)
-      : w(w_), transposed(transposed_), size(tiling.coefficients()), kernels(w.K * size),
+  Window(const Coefficients<scalar>& w_, bool transposed_, bool streams_, const Tiling& tiling)
+      : w(w_), transposed(transposed_), streams(streams_), size(tiling.coefficients()), kernels(w.K * size),
         gated(w.gate ? w.K * size : 0), row(w.K > kMostTaps ? tiling.channels * tiling.pixels : 0), x(w.K), a(w.K) {}
 
   // Takes the kernels of the tile's channels, unless they are there.
@@ -237,7 +250,8 @@ struct Window {
     }
   }
 
-  TEMPOPS_INLINE void move(const Clip& from, int64_t t) {
+  // `following` is the tile after this one, of clip `following_clip`.
+  TEMPOPS_INLINE void move(const Clip& from, int64_t t, const Tile& following, int64_t following_clip) {
     const int64_t K = w.K, R = K / 2;
     first = std::max<int64_t>(0, R - t);
     count = std::min<int64_t>(K, from.T - t + R) - first;
@@ -252,11 +266,22 @@ struct Window {
       _Pragma("omp simd") for (int64_t c = 0; c < tile.channels(); ++c) to[c] = a[m][c] * load(gate[c]);
       a[m] = to;
     }
+    const int64_t s = t + R + 1;
+    if (!streams)
+      next = x[count - 1] + kAhead<scalar>;
+    else if (s < from.T)
+      next = tile.at<scalar>(from, n, s);
+    else
+      next = following.at<scalar>(from, following_clip, std::min(s - from.T, from.T - 1));
   }
 
-  TEMPOPS_INLINE void combine_into(const Rows<scalar>& out) {
+  TEMPOPS_INLINE void combine_into(const Rows<scalar>& out, Writer<scalar>& writer) {
     if (count <= kMostTaps) {
-      with_taps(count, [&](auto taps) TEMPOPS_INLINE { combine(taps, tile, out, x.data(), pitch, a.data()); });
+      with_taps(count, [&](auto taps) TEMPOPS_INLINE {
+        writer.chosen([&](auto streams) TEMPOPS_INLINE {
+          combine<streams()>(taps, tile, out, x.data(), next, pitch, a.data(), writer);
+        });
+      });
       return;
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -272,14 +297,14 @@ struct Window {
   }
 
   // q[k], of tile.coefficients() values, += the products with the frame that tap k of the kernel leads to.
-  TEMPOPS_INLINE void products_into(std::vector<acc*>& q, const Rows<scalar>& here) const {
+  TEMPOPS_INLINE void products_into(std::vector<acc*>& q, const Rows<scalar>& here, const scalar* soon) const {
     for (int64_t m = 0; m < count; m += 3) {
       const auto sums = [&](int64_t i) TEMPOPS_INLINE { return q[w.K - 1 - first - std::min(m + i, count - 1)]; };
       acc* const into[] = {sums(0), sums(1), sums(2)};
       switch (count - m) {
-        case 1: products<1>(tile, here, &x[m], pitch, into); break;
-        case 2: products<2>(tile, here, &x[m], pitch, into); break;
-        default: products<3>(tile, here, &x[m], pitch, into);
+        case 1: products<1>(tile, here, soon, &x[m], pitch, into); break;
+        case 2: products<2>(tile, here, soon, &x[m], pitch, into); break;
+        default: products<3>(tile, here, soon, &x[m], pitch, into);
       }
     }
   }
@@ -307,15 +332,20 @@ void conv(const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool tran
   const Tiling tiling(x, !w.gate && x.dense_frames() && y.dense_frames(),
                       {4096, 1024, w.gate ? 16384 : 4096, 2048, 1024});
   const int64_t tiles = tiling.channel_blocks * tiling.pixel_blocks;
+  const bool past_caches = passes_caches({&x, &y});
   parallel(x.N * tiles, x.T * tiling.channels * tiling.pixels, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    Window<scalar> window(w, transposed, tiling);
+    Window<scalar> window(w, transposed, past_caches, tiling);
+    Writer<scalar> writer(past_caches);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / tiles;
-      const Tile tile = tiling.tile(i % tiles / tiling.pixel_blocks, i % tiles % tiling.pixel_blocks);
+      const auto tile_of = [=](int64_t i) TEMPOPS_INLINE {
+        return tiling.tile(i % tiles / tiling.pixel_blocks, i % tiles % tiling.pixel_blocks);
+      };
+      const int64_t n = i / tiles, following = std::min(i + 1, x.N * tiles - 1);
+      const Tile tile = tile_of(i);
       window.select(tile, n);
       for (int64_t t = 0; t < x.T; ++t) {
-        window.move(x, t);
-        window.combine_into(Rows<scalar>(tile, y, n, t));
+        window.move(x, t, tile_of(following), following / tiles);
+        window.combine_into(Rows<scalar>(tile, y, n, t), writer);
       }
     }
   });
@@ -338,11 +368,12 @@ Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<
   const int64_t parts = x.channels_last ? std::clamp<int64_t>(16 / tiling.channel_blocks, 1, tiling.pixel_blocks) : 1;
   Sums sums{parts, std::vector<double>(parts * weights), std::vector<double>(parts * gates)};
   double *dweight = sums.weight.data(), *dgate = sums.gate.data();
-  const bool with_dx = dx != nullptr;
+  const bool with_dx = dx != nullptr, past_caches = with_dx && passes_caches({&x, &dy, dx});
   const Clip dx_ = with_dx ? *dx : x;
   parallel(tiling.channel_blocks * parts, x.N * x.T * x.P * tiling.channels,
            [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
-    Window<scalar> window(w, true, tiling);
+    Window<scalar> window(w, true, past_caches, tiling);
+    Writer<scalar> writer(past_caches);
     Scratch<acc> products(w.K * window.size);
     std::vector<acc*> q(w.K);
     for (int64_t k = 0; k < w.K; ++k) q[k] = &products[k * window.size];
@@ -354,9 +385,9 @@ Sums backward(const Clip* dx, const Clip& dy, const Clip& x, const Coefficients<
           window.select(tile, n);
           int64_t added = 0;
           for (int64_t t = 0; t < x.T; ++t) {
-            window.move(dy, t);
-            if (with_dx) window.combine_into(Rows<scalar>(tile, dx_, n, t));
-            window.products_into(q, Rows<scalar>(tile, x, n, t));
+            window.move(dy, t, tile, n);
+            if (with_dx) window.combine_into(Rows<scalar>(tile, dx_, n, t), writer);
+            window.products_into(q, Rows<scalar>(tile, x, n, t), tile.at<scalar>(x, n, t + 1));
             // Sums of many products go on in float64.
             added += tile.by_element ? tile.rows : tile.length;
             if (!w.gate && added < kFloatSums && t + 1 < x.T) continue;
@@ -428,8 +459,8 @@ std::tuple<Tensor, Tensor, Tensor> temporal_conv_backward(const Tensor& grad, co
   const Clip dy = clips_like(grad, x, "grad");
   TEMPOPS_CHECK(args.gated || !need_gate, "gate is None, so it has no gradient");
   const Clip dx = need_x ? empty_like(x) : x;
-  const Tensor dweight = need_weight ? torch::stable::new_empty(args.weight, args.weight.sizes()) : no_gradient(weight);
-  const Tensor dgate = need_gate ? torch::stable::new_empty(args.gate, args.gate.sizes()) : no_gradient(weight);
+  const Tensor dweight = need_weight ? empty_contiguous(args.weight.sizes(), args.weight) : no_gradient(weight);
+  const Tensor dgate = need_gate ? empty_contiguous(args.gate.sizes(), args.gate) : no_gradient(weight);
   by_dtype(x.dtype, [&](auto* type) {
     using scalar = std::remove_pointer_t<decltype(type)>;
     const Coefficients<scalar> w = coefficients<scalar>(x, args);

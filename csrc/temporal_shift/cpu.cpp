@@ -2,6 +2,7 @@
 #include "shifted.h"
 
 #include "../lanes.h"
+#include "../stream.h"
 
 namespace tempops {
 namespace {
@@ -11,11 +12,12 @@ constexpr int64_t kBlock = 16384;  // bytes of a frame that are moved together: 
 // dst = src, `count` elements that do not overlap; a null src is a frame outside the clip. Nothing is fetched ahead, in
 // none of the loops here: the processor foresees copies itself, and was slower for the hints.
 template <class word>
-TEMPOPS_INLINE inline void move(word* __restrict dst, const word* __restrict src, int64_t count) {
+TEMPOPS_INLINE inline void move(word* __restrict dst, const word* __restrict src, int64_t count, bool streams = false) {
   if (!src) {
     std::memset(dst, 0, count * sizeof(word));
     return;
   }
+  if (streams) return stream(dst, src, count * sizeof(word));
   each<64 / sizeof(word)>(count, [=](int64_t i) TEMPOPS_INLINE { dst[i] = src[i]; });
 }
 
@@ -51,6 +53,7 @@ const word* shifted_frame(const Clip& x, int64_t n, int64_t t) {
 template <class word>
 void shift_planar(const Clip& y, const Clip& x, const Shift& shift) {
   const auto parts = groups_of(shift, x.C);
+  const bool past_caches = passes_caches({&x, &y});
   parallel(x.N * x.T * x.C, x.P, [=](int64_t begin, int64_t end) TEMPOPS_INLINE {
     for (int64_t row = begin; row < end;) {
       const int64_t frame = row / x.C, n = frame / x.T, t = frame % x.T, first = row % x.C;
@@ -61,13 +64,14 @@ void shift_planar(const Clip& y, const Clip& x, const Shift& shift) {
         const word* src = shifted_frame<word>(x, n, t + group.offset);
         word* dst = y.frame<word>(n, t);
         if (x.sc == x.P && y.sc == y.P) {
-          move(dst + c0 * y.sc, src ? src + c0 * x.sc : src, (c1 - c0) * x.P);
+          move(dst + c0 * y.sc, src ? src + c0 * x.sc : src, (c1 - c0) * x.P, past_caches);
         } else {
-          for (int64_t c = c0; c < c1; ++c) move(dst + c * y.sc, src ? src + c * x.sc : src, x.P);
+          for (int64_t c = c0; c < c1; ++c) move(dst + c * y.sc, src ? src + c * x.sc : src, x.P, past_caches);
         }
       }
       row += last - first;
     }
+    if (past_caches) end_of_stream();
   });
 }
 
