@@ -107,7 +107,7 @@ struct PlanarBlock {
       scalar* row = out.data + at(out, c, first);
       if (!streams) prefetch(row + kChannelsAhead * out.sc, pixels);
       writer.template write<streams>(row, pixels,
-                                     [=](scalar* __restrict to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+                                     [=, this](scalar* __restrict to, int64_t begin, int64_t count) TEMPOPS_INLINE {
         const scalar* source[terms];
         const acc_t<scalar>* factor[terms];
         for (int k = 0; k < terms; ++k) {
@@ -177,7 +177,8 @@ struct ChannelsLastBlock {
     for (int64_t p = 0; p < pixels; ++p) {
       scalar* row = out.data + at(out, 0, first + p);
       if (!streams) prefetch(row + kElementsAhead, C);
-      writer.template write<streams>(row, C, [=](scalar* __restrict to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+      writer.template write<streams>(row, C,
+                                     [=, this](scalar* __restrict to, int64_t begin, int64_t count) TEMPOPS_INLINE {
         const scalar* source[terms];
         acc_t<scalar> factor[terms];
         for (int k = 0; k < terms; ++k) {

@@ -541,18 +541,14 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
           each_run(dx, dx, b, first, last, [&](int64_t to, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
             const auto part = [=](scalar* __restrict dst, int64_t begin, int64_t n) TEMPOPS_INLINE {
               const acc* __restrict added = sum + at + begin, * __restrict taken = here + at + begin;
-              if (!pooled)
-                each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(-taken[i]); });
-              else if (!subtracted)
-                each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i]); });
-              else
-                each<lanes_of<scalar>>(n,
-                                       [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
+              each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
             };
             writer.chosen([&](auto streams)
                               TEMPOPS_INLINE { writer.template write<streams()>(frame + to, count, part); });
           });
         };
+        if (!pooled) std::fill_n(sum, b.until(b.hi), acc(0));
+        if (!subtracted) std::fill_n(here, b.until(b.hi), acc(0));
         pipeline(b, radius, radius, tiling.band, row_stage, column_stage, gather_stage);
         std::swap(before, here);
       }

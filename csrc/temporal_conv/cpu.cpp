@@ -340,11 +340,11 @@ void conv(const Clip& y, const Clip& x, const Coefficients<scalar>& w, bool tran
       const auto tile_of = [=](int64_t i) TEMPOPS_INLINE {
         return tiling.tile(i % tiles / tiling.pixel_blocks, i % tiles % tiling.pixel_blocks);
       };
-      const int64_t n = i / tiles, following = std::min(i + 1, x.N * tiles - 1);
-      const Tile tile = tile_of(i);
+      const int64_t n = i / tiles, next = std::min(i + 1, x.N * tiles - 1);
+      const Tile tile = tile_of(i), following = tile_of(next);
       window.select(tile, n);
       for (int64_t t = 0; t < x.T; ++t) {
-        window.move(x, t, tile_of(following), following / tiles);
+        window.move(x, t, following, next / tiles);
         window.combine_into(Rows<scalar>(tile, y, n, t), writer);
       }
     }
