@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -138,6 +139,11 @@ def build_cuda(nvcc: str, sources: list[str], target: Path, folder: Path) -> Non
     subprocess.run(["ninja", "-C", str(folder), "-j", os.environ["MAX_JOBS"]], check=True)
 
 
+def largest_first(files: Iterable[str | Path]) -> list[str]:
+    """The files by size: ninja begins in this order, and what takes longest is not left for the end."""
+    return sorted(map(str, files), key=os.path.getsize, reverse=True)
+
+
 def build() -> dict:
     """The arguments of `setup` for a build of the extensions."""
     if torch_version is None:
@@ -157,7 +163,7 @@ def build() -> dict:
     }
     cpu = CppExtension(
         "tempops._C_cpu",
-        sorted(str(path) for path in Path("csrc").glob("*/cpu.cpp")),
+        [str(path) for path in Path("csrc").glob("*/cpu.cpp")],
         include_dirs=[csrc],
         extra_compile_args=[*FLAGS, *LOOPS, *STABLE_ABI],
         depends=headers,
@@ -176,7 +182,7 @@ def build() -> dict:
         ),
     ]
 
-    cuda_sources = sorted(str(path) for path in Path("csrc").glob("*/cuda.cu"))
+    cuda_sources = largest_first(Path("csrc").glob("*/cuda.cu"))
     if nvcc is not None:
         # Without sources: PyTorch's own build of .cu files asks for a CUDA build of PyTorch, and is not used.
         libraries.append(Extension("tempops._C_cuda", [], depends=[*headers, *cuda_sources], py_limited_api=True))
@@ -190,7 +196,13 @@ def build() -> dict:
 
         def build_extension(self, extension):
             if extension.name != "tempops._C_cuda":
-                return super().build_extension(extension)
+                compile_all = self.compiler.compile  # which setuptools calls with the sources in order of their names
+                self.compiler.compile = lambda sources, *args, **options: compile_all(
+                    largest_first(sources), *args, **options
+                )
+                super().build_extension(extension)
+                self.compiler.compile = compile_all
+                return
             target = Path(self.get_ext_fullpath(extension.name))
             build_cuda(nvcc, cuda_sources, target, Path(self.build_temp, "cuda"))
 
