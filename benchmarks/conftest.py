@@ -45,8 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}")
     config.option.benchmark_quiet = True
     import devices
-    from memory import keep_memory
-    from report import Contention
+    from report import Contention, keep_memory
 
     device = config.stash[devices.key] = devices.choose(config.getoption("--device"))
     if config.getoption("--minutes") is None:

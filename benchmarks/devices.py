@@ -12,7 +12,6 @@ import pytest
 import torch
 from activations import FRAMES, SIZES
 from cases import why_not
-from memory import huge_pages
 from turns import Prepared, clocked, seconds_in_turns
 
 from tempops import _backend
@@ -68,7 +67,7 @@ class Cpu:
 
     def machine(self) -> dict[str, str | int]:
         """What the report says of the device."""
-        return {"in huge pages": huge_pages()}
+        return {}
 
 
 class Cuda(Cpu):

@@ -1,5 +1,6 @@
 """The report that closes the run: the machine, one line a comparison, means for each op, the worst cases named."""
 
+import ctypes
 import json
 import math
 import os
@@ -91,6 +92,17 @@ def machine(device: Mapping[str, str | int]) -> dict[str, str | int]:
         "torch": torch.__version__,
         "commit": _commit(),
     }
+
+
+def keep_memory() -> None:
+    """Has glibc keep freed memory, as PyTorch's GPU allocators do: page faults would drown the large tensors."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    trim_threshold, mmap_max = -1, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 class Contention:

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tempops
-from benchmarks.memory import huge_pages, keep_memory
-from benchmarks.report import Contention, machine
+from benchmarks.report import Contention, keep_memory, machine
 from tempops.data import count_frames, model_input, normalize, read_frames, sample_segments
 from tempops.models import create_model
 
@@ -497,7 +496,7 @@ def main(argv: Iterable[str] | None = None) -> None:
                     lines.append(line)
                     bar.update()
                 results.append((table, lines))
-    facts = machine({} if on_gpu else {"in huge pages": huge_pages()}) | {"setting": setting.said()}
+    facts = machine({}) | {"setting": setting.said()}
     if on_gpu:
         facts["GPU"] = torch.cuda.get_device_name()
     head = [f"{key}: {value}" for key, value in facts.items()]
