@@ -3,6 +3,10 @@
 // A kernel is a plain loop in a lambda marked TEMPOPS_INLINE. `run` calls it from inside a function that is compiled
 // for the chosen instruction set; because the lambda is inlined there, the compiler vectorises the same source once
 // per instruction set. Nothing is compiled with -march=native, and other processors get the baseline alone.
+//
+// A kernel that walks blocks of some thousand elements calls `run` again for what it does to one of them: compilers
+// take much longer over one large function than over its parts, and parts can be shared. What a loop reads of the
+// captures is copied to locals first (a lambda that captures by value does that), or passed to `run` as arguments.
 #pragma once
 
 #include <cstdlib>

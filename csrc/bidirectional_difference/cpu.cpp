@@ -152,53 +152,60 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
       fill_zero(frames_backward(b.n, 0), backward, b);
       for (int64_t t = 0; t < x.T && x.T > 1; ++t) {
         const int64_t past = t > 0 ? t - 1 : t, future = t + 1 < x.T ? t + 1 : t;
-        for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-          const scalar* frame = frames_x(b.n, t) + c * x.sc;
-          planes.template fill<lanes_of<scalar>>(b, c, x.H, [](int64_t) TEMPOPS_INLINE {},
-                                                 [&](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
-        }
-        for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-          const ProductPlanar<acc> product{planes.at(b, c), w + c * kTaps, columns.data(), x.W};
-          const scalar* x_past = frames_x(b.n, past) + c * x.sc + begin;
-          const scalar* x_future = frames_x(b.n, future) + c * x.sc + begin;
-          scalar* const y_past = frames_forward(b.n, past) + c * forward.sc + begin;
-          scalar* const y_future = frames_backward(b.n, future) + c * backward.sc + begin;
-          const scalar* soon = x_future + (past_caches ? x.st : kAhead<scalar>);
-          to_forward.chosen([&](auto streams) TEMPOPS_INLINE {
-            if (past < t && future > t) {
-              to_forward.template write<streams()>(y_past, count,
-                                                   [&](scalar* ahead, int64_t from, int64_t n) TEMPOPS_INLINE {
-                const auto part = [=](scalar* __restrict behind, int64_t first, int64_t n) TEMPOPS_INLINE {
-                  const int64_t at = from + first;
-                  scalar* __restrict to_past = ahead + first;
-                  const auto fetch = [=](int64_t p) TEMPOPS_INLINE {
-                    __builtin_prefetch(soon + at + p);
-                    fetch_to_write(to_past + p);
-                    fetch_to_write(behind + p);
-                  };
-                  each<lanes_of<scalar>>(n, fetch, [=](int64_t p) TEMPOPS_INLINE {
-                    const acc value = product(at + p);
-                    to_past[p] = store<scalar>(sign * (load(x_past[at + p]) - value));
-                    behind[p] = store<scalar>(sign * (load(x_future[at + p]) - value));
+        run([&]() TEMPOPS_INLINE {
+          for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+            const scalar* frame = frames_x(b.n, t) + c * x.sc;
+            planes.template fill<lanes_of<scalar>>(b, c, x.H, [](int64_t) TEMPOPS_INLINE {},
+                                                   [=](int64_t p) TEMPOPS_INLINE { return load(frame[p]); });
+          }
+        });
+        const auto write = [&](auto both) {
+          run([&]() TEMPOPS_INLINE {
+            for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+              const ProductPlanar<acc> product{planes.at(b, c), w + c * kTaps, columns.data(), x.W};
+              const scalar* x_past = frames_x(b.n, past) + c * x.sc + begin;
+              const scalar* x_future = frames_x(b.n, future) + c * x.sc + begin;
+              scalar* const y_past = frames_forward(b.n, past) + c * forward.sc + begin;
+              scalar* const y_future = frames_backward(b.n, future) + c * backward.sc + begin;
+              const scalar* soon = x_future + (past_caches ? x.st : kAhead<scalar>);
+              to_forward.chosen([&](auto streams) TEMPOPS_INLINE {
+                if constexpr (both()) {
+                  to_forward.template write<streams()>(y_past, count,
+                                                       [&](scalar* ahead, int64_t from, int64_t n) TEMPOPS_INLINE {
+                    const auto part = [=](scalar* __restrict behind, int64_t first, int64_t n) TEMPOPS_INLINE {
+                      const int64_t at = from + first;
+                      scalar* __restrict to_past = ahead + first;
+                      const auto fetch = [=](int64_t p) TEMPOPS_INLINE {
+                        __builtin_prefetch(soon + at + p);
+                        fetch_to_write(to_past + p);
+                        fetch_to_write(behind + p);
+                      };
+                      each<lanes_of<scalar>>(n, fetch, [=](int64_t p) TEMPOPS_INLINE {
+                        const acc value = product(at + p);
+                        to_past[p] = store<scalar>(sign * (load(x_past[at + p]) - value));
+                        behind[p] = store<scalar>(sign * (load(x_future[at + p]) - value));
+                      });
+                    };
+                    to_backward.template write<streams()>(y_future + from, n, part);
                   });
-                };
-                to_backward.template write<streams()>(y_future + from, n, part);
+                } else {
+                  const scalar* src = past < t ? x_past : x_future;
+                  const auto part = [=](scalar* __restrict to, int64_t at, int64_t n) TEMPOPS_INLINE {
+                    const auto fetch = [=](int64_t p) TEMPOPS_INLINE {
+                      __builtin_prefetch(soon + at + p);
+                      fetch_to_write(to + p);
+                    };
+                    each<lanes_of<scalar>>(n, fetch, [=](int64_t p) TEMPOPS_INLINE {
+                      to[p] = store<scalar>(sign * (load(src[at + p]) - product(at + p)));
+                    });
+                  };
+                  to_forward.template write<streams()>(past < t ? y_past : y_future, count, part);
+                }
               });
-            } else {
-              const scalar* src = past < t ? x_past : x_future;
-              const auto part = [=](scalar* __restrict to, int64_t at, int64_t n) TEMPOPS_INLINE {
-                const auto fetch = [=](int64_t p) TEMPOPS_INLINE {
-                  __builtin_prefetch(soon + at + p);
-                  fetch_to_write(to + p);
-                };
-                each<lanes_of<scalar>>(n, fetch, [=](int64_t p) TEMPOPS_INLINE {
-                  to[p] = store<scalar>(sign * (load(src[at + p]) - product(at + p)));
-                });
-              };
-              to_forward.template write<streams()>(past < t ? y_past : y_future, count, part);
             }
           });
-        }
+        };
+        past<t && future> t ? write(std::true_type()) : write(std::false_type());
       }
     }
   });
@@ -277,17 +284,21 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
         const scalar* frame = frames_x(b.n, t) + b.c;
         const auto fill = [&](int64_t i) TEMPOPS_INLINE {
           if constexpr (!in_place)
-            strip->template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
-              return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+            run([&]() TEMPOPS_INLINE {
+              strip->template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+                return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+              });
             });
         };
-        const auto put_products = [&](int64_t i, const auto& put) TEMPOPS_INLINE {
-          together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-            const acc* w = taps.data() + b.c;
-            if constexpr (in_place)
-              products<n()>(AroundInFrame<n(), acc>(x, frame, zeros.data(), i, j), w, x.C, b.channels, put.at(j));
-            else
-              products<n()>(AroundInStrip<acc>(*strip, b, i, j), w, x.C, b.channels, put.at(j));
+        const auto put_products = [&](int64_t i, const auto& put) {
+          run([&]() TEMPOPS_INLINE {
+            together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+              const acc* w = taps.data() + b.c;
+              if constexpr (in_place)
+                products<n()>(AroundInFrame<n(), acc>(x, frame, zeros.data(), i, j), w, x.C, b.channels, put.at(j));
+              else
+                products<n()>(AroundInStrip<acc>(*strip, b, i, j), w, x.C, b.channels, put.at(j));
+            });
           });
         };
         // Where there is no such frame, any address will do.
@@ -300,47 +311,49 @@ void difference_channels_last(const Clip& forward, const Clip& backward, const C
                                       backward.sp,
                                       x.sp,
                                       sign};
-        with_ends(past == t, future == t, [&](auto to_past, auto to_future) TEMPOPS_INLINE {
-          fill(b.begin - 1);
-          fill(b.begin);
-          for (int64_t i = b.begin; i < b.end; ++i) {
-            fill(i + 1);
-            if (at_once) {
-              put_products(i, Put<scalar, to_past(), to_future()>{written.at(i * x.W)});
-              continue;
-            }
-            put_products(i, Kept<acc>{row.data(), pitch});
-            to_forward.chosen([&](auto streams) TEMPOPS_INLINE {
-              for (int64_t j = 0; j < x.W; ++j) {
-                const Written<scalar> pixel = written.at(i * x.W + j);
-                const acc* product = row.data() + j * pitch;
-                const auto part = [=](scalar* ahead, scalar* behind, int64_t at, int64_t n) TEMPOPS_INLINE {
-                  const acc* __restrict value = product + at;
-                  const Put<scalar, to_past(), to_future()> put{
-                      {ahead, behind, pixel.past + at, pixel.future + at, 0, 0, 0, sign}};
-                  const auto fetch = [=](int64_t c) TEMPOPS_INLINE {
-                    __builtin_prefetch(put.to.future + c + soon);
-                    fetch_to_write(put.to.forward + c);
-                    fetch_to_write(put.to.backward + c);
-                  };
-                  each<lanes_of<scalar>>(n, fetch, [=](int64_t c) TEMPOPS_INLINE { put(0, c, value[c]); });
-                };
-                const auto forward_part = [&](scalar* ahead, int64_t from, int64_t n) TEMPOPS_INLINE {
-                  if constexpr (!to_future()) return part(ahead, ahead, from, n);
-                  const auto both = [=](scalar* behind, int64_t first, int64_t n)
-                                        TEMPOPS_INLINE { part(ahead + first, behind, from + first, n); };
-                  to_backward.template write<streams()>(pixel.backward + from, n, both);
-                };
-                const auto backward_part = [=](scalar* behind, int64_t from, int64_t n)
-                                               TEMPOPS_INLINE { part(behind, behind, from, n); };
-                if constexpr (to_past())
-                  to_forward.template write<streams()>(pixel.forward, b.channels, forward_part);
-                else
-                  to_backward.template write<streams()>(pixel.backward, b.channels, backward_part);
-              }
-            });
+        // Row i, whose products lie in `row`.
+        const auto write = [&](Written<scalar> pixel, auto to_past, auto to_future, auto streams) TEMPOPS_INLINE {
+          const acc* product = row.data();
+          for (int64_t j = 0; j < x.W; ++j, pixel = pixel.at(1), product += pitch) {
+            const auto part = [=](scalar* ahead, scalar* behind, int64_t at, int64_t n) TEMPOPS_INLINE {
+              const acc* __restrict value = product + at;
+              const Put<scalar, to_past(), to_future()> put{
+                  {ahead, behind, pixel.past + at, pixel.future + at, 0, 0, 0, sign}};
+              const auto fetch = [=](int64_t c) TEMPOPS_INLINE {
+                __builtin_prefetch(put.to.future + c + soon);
+                fetch_to_write(put.to.forward + c);
+                fetch_to_write(put.to.backward + c);
+              };
+              each<lanes_of<scalar>>(n, fetch, [=](int64_t c) TEMPOPS_INLINE { put(0, c, value[c]); });
+            };
+            const auto forward_part = [&](scalar* ahead, int64_t from, int64_t n) TEMPOPS_INLINE {
+              if constexpr (!to_future()) return part(ahead, ahead, from, n);
+              const auto both = [=](scalar* behind, int64_t first, int64_t n)
+                                    TEMPOPS_INLINE { part(ahead + first, behind, from + first, n); };
+              to_backward.template write<streams()>(pixel.backward + from, n, both);
+            };
+            const auto backward_part = [=](scalar* behind, int64_t from, int64_t n)
+                                           TEMPOPS_INLINE { part(behind, behind, from, n); };
+            if constexpr (to_past())
+              to_forward.template write<streams()>(pixel.forward, b.channels, forward_part);
+            else
+              to_backward.template write<streams()>(pixel.backward, b.channels, backward_part);
           }
-        });
+        };
+        fill(b.begin - 1);
+        fill(b.begin);
+        for (int64_t i = b.begin; i < b.end; ++i) {
+          fill(i + 1);
+          if (!at_once) put_products(i, Kept<acc>{row.data(), pitch});
+          with_ends(past == t, future == t, [&](auto to_past, auto to_future) {
+            if constexpr (in_place)
+              if (at_once) return put_products(i, Put<scalar, to_past(), to_future()>{written.at(i * x.W)});
+            run([&]() TEMPOPS_INLINE {
+              to_forward.chosen([&](auto streams)
+                                    TEMPOPS_INLINE { write(written.at(i * x.W), to_past, to_future, streams); });
+            });
+          });
+        }
       }
     }
   });
@@ -480,35 +493,46 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
           const auto gradients = [&](int64_t c) TEMPOPS_INLINE {
             return Gradients<scalar>(frames_forward, frames_backward, x.T, b.n, t, c * forward.sc, c * backward.sc);
           };
-          for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-            const Gradients<scalar> g = gradients(c);
-            with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
-              const auto fetch = [&](int64_t p) TEMPOPS_INLINE { value.fetch(p); };
-              planes.template fill<lanes_of<scalar>>(b, c, x.H, fetch, value);
+          const Gradients<scalar> any = gradients(b.c);  // all have the same of them
+          with_sum(any.product_past, any.product_future, [&](auto sum) {
+            run([&]() TEMPOPS_INLINE {
+              for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+                const Gradients<scalar> g = gradients(c);
+                const decltype(sum) value{g.product_past, g.product_future};
+                const auto fetch = [=](int64_t p) TEMPOPS_INLINE { value.fetch(p); };
+                planes.template fill<lanes_of<scalar>>(b, c, x.H, fetch, value);
+              }
             });
-            if (!partials) continue;
-            const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
-            acc* __restrict dst = planes_x.at(b, c);
-            each<lanes_of<scalar>>(count, [&](int64_t p) TEMPOPS_INLINE { fetch_to_read(src + p); },
-                                   [&](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
-          }
-          for (int64_t c = b.c; c < b.c + b.channels; ++c) {
-            if (partials)
-              correlate_planar<acc>(sums + (c - b.c) * kTaps, planes.at(b, c), planes_x.at(b, c), columns.data(), x, b);
-            if (!dx) continue;
-            const Gradients<scalar> g = gradients(c);
-            const ProductPlanar<acc> product{planes.at(b, c), taps.data() + c * kTaps, columns.data(), x.W};
-            scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
-            with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
-              const auto fetch = [&](int64_t p) TEMPOPS_INLINE {
-                value.fetch(begin + p);
-                fetch_to_write(dst + p);
-              };
-              each<lanes_of<scalar>>(count, fetch, [=](int64_t p) TEMPOPS_INLINE {
-                dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
-              });
+          });
+          if (partials) {
+            run([&]() TEMPOPS_INLINE {
+              for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+                const scalar* __restrict src = frames_x(b.n, t) + c * x.sc + begin;
+                acc* __restrict dst = planes_x.at(b, c);
+                each<lanes_of<scalar>>(count, [=](int64_t p) TEMPOPS_INLINE { fetch_to_read(src + p); },
+                                       [=](int64_t p) TEMPOPS_INLINE { dst[p] = load(src[p]); });
+                correlate_planar<acc>(sums + (c - b.c) * kTaps, planes.at(b, c), dst, columns.data(), x, b);
+              }
             });
           }
+          if (!dx) continue;
+          with_sum(any.frame_forward, any.frame_backward, [&](auto sum) {
+            run([&]() TEMPOPS_INLINE {
+              for (int64_t c = b.c; c < b.c + b.channels; ++c) {
+                const Gradients<scalar> g = gradients(c);
+                const decltype(sum) value{g.frame_forward, g.frame_backward};
+                const ProductPlanar<acc> product{planes.at(b, c), taps.data() + c * kTaps, columns.data(), x.W};
+                scalar* __restrict dst = frames_dx(b.n, t) + c * dx->sc + begin;
+                const auto fetch = [=](int64_t p) TEMPOPS_INLINE {
+                  value.fetch(begin + p);
+                  fetch_to_write(dst + p);
+                };
+                each<lanes_of<scalar>>(count, fetch, [=](int64_t p) TEMPOPS_INLINE {
+                  dst[p] = store<scalar>(sign * (value(begin + p) - product(p)));
+                });
+              }
+            });
+          });
         }
         if (partials) flush();
       }
@@ -546,13 +570,17 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
         for (int64_t t = 0; t < x.T; ++t) {
           const Gradients<scalar> g(frames_forward, frames_backward, x.T, b.n, t, b.c, b.c);
           const auto fill = [&](int64_t i) TEMPOPS_INLINE {
-            with_sum(g.product_past, g.product_future, [&](auto value) TEMPOPS_INLINE {
-              strip.template fill<lanes_of<scalar>>(
-                  b, i, x.H, [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
+            with_sum(g.product_past, g.product_future, [&](auto value) {
+              run([&]() TEMPOPS_INLINE {
+                strip.template fill<lanes_of<scalar>>(
+                    b, i, x.H, [&](int64_t p) TEMPOPS_INLINE { return value.at(p * forward.sp, p * backward.sp); });
+              });
             });
             if (!partials) return;
-            strip_x.template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
-              return [from = frames_x(b.n, t) + p * x.sp + b.c](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+            run([&]() TEMPOPS_INLINE {
+              strip_x.template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+                return [from = frames_x(b.n, t) + p * x.sp + b.c](int64_t c) TEMPOPS_INLINE { return load(from[c]); };
+              });
             });
           };
           fill(b.begin - 1);
@@ -562,25 +590,31 @@ void backward_channels_last(const Clip* dx, double* partials, int64_t groups, co
             if (partials && (terms += x.W) > kTerms) flush();
             if (partials) {
               const acc *s = strip.at(b, i), *corner = strip_x.at(b, i - 1) - pitch;
-              together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-                correlate<n()>(sums.data(), s + j * pitch, corner + j * pitch, strip.row, pitch, b.channels);
+              run([&]() TEMPOPS_INLINE {
+                together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+                  correlate<n()>(sums.data(), s + j * pitch, corner + j * pitch, strip.row, pitch, b.channels);
+                });
               });
             }
             if (!dx) continue;
-            together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-              const Kept<acc> kept{row.data() + j * pitch, pitch};
-              products<n()>(AroundInStrip<acc>(strip, b, i, j), taps.data() + b.c, x.C, b.channels, kept);
+            run([&]() TEMPOPS_INLINE {
+              together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+                const Kept<acc> kept{row.data() + j * pitch, pitch};
+                products<n()>(AroundInStrip<acc>(strip, b, i, j), taps.data() + b.c, x.C, b.channels, kept);
+              });
             });
-            with_sum(g.frame_forward, g.frame_backward, [&](auto value) TEMPOPS_INLINE {
-              for (int64_t j = 0; j < x.W; ++j) {
-                const int64_t p = i * x.W + j;
-                const acc* __restrict product = row.data() + j * pitch;
-                scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
-                const auto here = value.at(p * forward.sp, p * backward.sp);
-                each<lanes_of<scalar>>(b.channels, [&](int64_t c) TEMPOPS_INLINE {
-                  dst[c] = store<scalar>(sign * (here(c) - product[c]));
-                });
-              }
+            with_sum(g.frame_forward, g.frame_backward, [&](auto value) {
+              run([&]() TEMPOPS_INLINE {
+                for (int64_t j = 0; j < x.W; ++j) {
+                  const int64_t p = i * x.W + j;
+                  const acc* __restrict product = row.data() + j * pitch;
+                  scalar* __restrict dst = frames_dx(b.n, t) + p * dx->sp + b.c;
+                  const auto here = value.at(p * forward.sp, p * backward.sp);
+                  each<lanes_of<scalar>>(b.channels, [=](int64_t c) TEMPOPS_INLINE {
+                    dst[c] = store<scalar>(sign * (here(c) - product[c]));
+                  });
+                }
+              });
             });
           }
         }

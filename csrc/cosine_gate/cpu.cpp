@@ -99,7 +99,6 @@ struct PlanarBlock {
     for (; c < C; ++c) channels(c, std::make_integer_sequence<int64_t, 1>());
   }
 
-  // out = sum over k of factors[k] * frames[k]
   template <int terms, bool streams, class scalar>
   TEMPOPS_INLINE void mix(Writer<scalar>& writer, Frame<scalar> out, const Frame<scalar>* frames,
                           const acc_t<scalar>* const* factors) const {
@@ -206,14 +205,25 @@ TEMPOPS_INLINE inline double norm(double square, double eps) {
 
 // The sums of the pair (t, t+1). `fresh` is set where the walk begins, so that frame t's own sums are not there yet.
 template <bool with_grad, class scalar, class Block>
-TEMPOPS_INLINE inline void add_pair(Sums& sums, const Block& block, const Clip& x, const Clip& grad, int64_t n,
-                                    int64_t t, bool fresh) {
+void add_pair(Sums& sums, const Block& block, const Clip& x, const Clip& grad, int64_t n, int64_t t, bool fresh) {
   for (int64_t frame = fresh ? t : t + 1; frame <= t + 1; ++frame) {
     double *square = sums.square[frame % 2], *product = sums.product[frame % 2];
     for (int64_t i = 0; i < block.pixels; ++i) sums.dot[i] = square[i] = product[i] = 0;
-    block.template add<with_grad>(sums.dot, square, product, Frame<scalar>(x, n, t), Frame<scalar>(x, n, frame),
-                                  Frame<scalar>(grad, n, frame));
+    run([&]() TEMPOPS_INLINE {
+      block.template add<with_grad>(sums.dot, square, product, Frame<scalar>(x, n, t), Frame<scalar>(x, n, frame),
+                                    Frame<scalar>(grad, n, frame));
+    });
   }
+}
+
+// out = sum over k of factors[k] * frames[k], in the pixels of the block
+template <int terms, class scalar, class Block>
+void mix(Writer<scalar>& writer, const Block& block, Frame<scalar> out, const Frame<scalar>* frames,
+         const acc_t<scalar>* const* factors) {
+  run([&]() TEMPOPS_INLINE {
+    writer.chosen([&](auto streams)
+                      TEMPOPS_INLINE { block.template mix<terms, streams()>(writer, out, frames, factors); });
+  });
 }
 
 // out is the gated frames, or the similarity [N, T, P] seen as clips of one channel.
@@ -239,9 +249,7 @@ void forward(const Clip& out, const Clip& x, double eps) {
         if constexpr (gate) {
           const Frame<scalar> source(x, n, frame);
           const acc* factor = result;
-          writer.chosen([&](auto streams) TEMPOPS_INLINE {
-            block.template mix<1, streams()>(writer, Frame<scalar>(out, n, frame), &source, &factor);
-          });
+          mix<1>(writer, block, Frame<scalar>(out, n, frame), &source, &factor);
         } else {
           scalar* __restrict map = out.frame<scalar>(n, frame) + block.first;
           for (int64_t p = 0; p < block.pixels; ++p) map[p] = store<scalar>(result[p]);
@@ -310,10 +318,8 @@ void backward(const Clip& dx, const Clip& grad, const Clip& x, double eps) {
       if (t > 0) term(x, t - 1, by_previous);
       if (t + 1 < T) term(x, t + 1, by_next);
       const Frame<scalar> out(dx, n, t);
-      writer.chosen([&](auto streams) TEMPOPS_INLINE {
-        terms == kTerms ? block.template mix<kTerms, streams()>(writer, out, frames, factors)
-                        : block.template mix<kTerms - 1, streams()>(writer, out, frames, factors);
-      });
+      terms == kTerms ? mix<kTerms>(writer, block, out, frames, factors)
+                      : mix<kTerms - 1>(writer, block, out, frames, factors);
     }
   });
 }

@@ -8,6 +8,7 @@
 // T. A neighbour is at a fixed distance there, so every pass is one long loop however narrow the plane is. The backward
 // gathers what the forward would scatter, in two passes as well: of each window of a column, the row that won it; of
 // each row, the column that won it.
+#include <functional>
 #include <limits>
 
 #include "../stream.h"
@@ -17,9 +18,9 @@
 namespace tempops {
 namespace {
 
-// Elements of one buffer: a planar block goes through each pass whole and fits the first-level cache; a channels_last
-// block goes through them row by row and fits the second.
-constexpr int64_t kPlanar = 1024;
+// Elements of one buffer: a planar block goes through each pass whole, and its buffers, which are few or many, fit the
+// first-level cache; a channels_last block goes through them row by row and fits the second.
+constexpr int64_t kPlanarOfFew = 2048, kPlanarOfMany = 1024;
 constexpr int64_t kChannelsLast = 16384;
 constexpr int64_t kLeastChannels = 32;
 
@@ -28,9 +29,9 @@ constexpr int64_t kLeastChannels = 32;
 struct Tiling {
   int64_t radius, channels, rows, channel_blocks, strips, band;
 
-  Tiling(const Clip& x, int64_t radius) : radius(radius) {
+  Tiling(const Clip& x, int64_t radius, int64_t planar = kPlanarOfMany) : radius(radius) {
     const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-    const int64_t size = x.channels_last ? kChannelsLast : kPlanar;
+    const int64_t size = x.channels_last ? kChannelsLast : planar;
     if (x.channels_last) {
       channels = std::min(x.C, std::max(kLeastChannels, size / x.P / 16 * 16));
       rows = std::max<int64_t>({1, 4 * radius, size / (x.W * channels) - 4 * radius});
@@ -113,11 +114,13 @@ TEMPOPS_INLINE inline int64_t flip(int64_t bits) {
 }
 
 // Sign and magnitude into two's complement, and back. Adding zero makes one of two zeros.
-template <class acc>
-TEMPOPS_INLINE inline word_t<acc> to_key(acc v) {
-  using word = word_t<acc>;
-  return v != v ? kNaN<word> : flip(std::bit_cast<word>(v + acc(0)));
-}
+struct ToKey {
+  template <class acc>
+  TEMPOPS_INLINE word_t<acc> operator()(acc v) const {
+    using word = word_t<acc>;
+    return v != v ? kNaN<word> : flip(std::bit_cast<word>(v + acc(0)));
+  }
+};
 template <class acc>
 TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
   return std::bit_cast<acc>(flip(key));
@@ -126,18 +129,20 @@ TEMPOPS_INLINE inline acc from_key(word_t<acc> key) {
 // Fills rows [first, last) of a buffer with convert(element) of a frame of x. Meanwhile what is read soon is fetched
 // into the cache, and, unless it is streamed, the same place of `next`, a frame of y, where a later stage writes.
 template <class scalar, class element, class F>
-TEMPOPS_INLINE inline void load_rows(element* to, const Clip& x, const scalar* frame, const Clip& y, const scalar* next,
-                                     bool streams, const Block& b, int64_t first, int64_t last, const F& convert) {
+void load_rows(element* to, const Clip& x, const scalar* frame, const Clip& y, const scalar* next, bool streams,
+               const Block& b, int64_t first, int64_t last, F convert) {
   // Soon: the next frame where memory is far; else a little farther on, of a pixel's few channels pixels farther.
   const int64_t ahead = streams ? x.st : x.channels_last ? 4 * x.sp : kAhead<scalar>;
-  each_run(x, y, b, first, last, [&](int64_t from, int64_t next_from, int64_t at, int64_t n) TEMPOPS_INLINE {
-    const scalar* __restrict src = frame + from;
-    element* __restrict dst = to + at;
-    const auto fetch = [&](int64_t i) TEMPOPS_INLINE {
-      __builtin_prefetch(src + i + ahead);
-      if (!streams) __builtin_prefetch(next + next_from + i, 1);
-    };
-    each<lanes_of<scalar>>(n, fetch, [&](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
+  run([&]() TEMPOPS_INLINE {
+    each_run(x, y, b, first, last, [=](int64_t from, int64_t next_from, int64_t at, int64_t n) TEMPOPS_INLINE {
+      const scalar* __restrict src = frame + from;
+      element* __restrict dst = to + at;
+      const auto fetch = [=](int64_t i) TEMPOPS_INLINE {
+        __builtin_prefetch(src + i + ahead);
+        if (!streams) __builtin_prefetch(next + next_from + i, 1);
+      };
+      each<lanes_of<scalar>>(n, fetch, [=](int64_t i) TEMPOPS_INLINE { dst[i] = convert(load(src[i])); });
+    });
   });
 }
 
@@ -161,75 +166,84 @@ struct Rows {
 // The maximum of K elements in a line, `step` apart, for each of n elements, or the offset of the one that wins, or
 // both.
 template <int K, bool maxima, bool offsets, class word, class Line>
-TEMPOPS_INLINE inline void line_maximum(word* __restrict best, word* __restrict won, const word* __restrict keys,
-                                        Line line, int64_t radius, int64_t step, int64_t n) {
-  if constexpr (K == 3) {
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-      word a = keys[p - step], b = keys[p], c = keys[p + step];
-      a = line.inside(p, -1) ? a : kOutside<word>;
-      c = line.inside(p, 1) ? c : kOutside<word>;
-      const word ab = b > a ? b : a;
-      if constexpr (maxima) best[p] = c > ab ? c : ab;
-      if constexpr (offsets) won[p] = ((c > ab) | (c == kNaN<word>)) ? 1 : ((b > a) | (b == kNaN<word>)) ? 0 : -1;
-    }
-  } else {
-    const word first = -radius;
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-      const word a = keys[p + first * step];
-      best[p] = line.inside(p, first) ? a : kOutside<word>;
-    }
-    if constexpr (offsets) std::fill_n(won, n, first);
-    for (word d = first + 1; d <= radius; ++d) {
+void line_maximum(word* best, word* won, const word* keys, Line line, int64_t radius, int64_t step, int64_t n) {
+  const auto loops = [](word* __restrict best, word* __restrict won, const word* __restrict keys, Line line,
+                        int64_t radius, int64_t step, int64_t n) TEMPOPS_INLINE {
+    if constexpr (K == 3) {
       _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-        const word a = best[p];
-        word b = keys[p + d * step];
-        b = line.inside(p, d) ? b : kOutside<word>;
-        if constexpr (offsets) {
-          const word before = won[p];
-          won[p] = ((b > a) | (b == kNaN<word>)) ? d : before;
+        word a = keys[p - step], b = keys[p], c = keys[p + step];
+        a = line.inside(p, -1) ? a : kOutside<word>;
+        c = line.inside(p, 1) ? c : kOutside<word>;
+        const word ab = b > a ? b : a;
+        if constexpr (maxima) best[p] = c > ab ? c : ab;
+        if constexpr (offsets) won[p] = ((c > ab) | (c == kNaN<word>)) ? 1 : ((b > a) | (b == kNaN<word>)) ? 0 : -1;
+      }
+    } else {
+      const word first = -radius;
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+        const word a = keys[p + first * step];
+        best[p] = line.inside(p, first) ? a : kOutside<word>;
+      }
+      if constexpr (offsets) std::fill_n(won, n, first);
+      for (word d = first + 1; d <= radius; ++d) {
+        _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+          const word a = best[p];
+          word b = keys[p + d * step];
+          b = line.inside(p, d) ? b : kOutside<word>;
+          if constexpr (offsets) {
+            const word before = won[p];
+            won[p] = ((b > a) | (b == kNaN<word>)) ? d : before;
+          }
+          best[p] = b > a ? b : a;
         }
-        best[p] = b > a ? b : a;
       }
     }
-  }
+  };
+  run(loops, best, won, keys, line, radius, step, n);
 }
 
 // Each of n elements adds up the values of the windows in its line that it won.
 template <int K, class acc>
-TEMPOPS_INLINE inline void line_sum(acc* __restrict sum, const word_t<acc>* __restrict won,
-                                    const acc* __restrict values, int64_t radius, int64_t step, int64_t n) {
+void line_sum(acc* sum, const word_t<acc>* won, const acc* values, int64_t radius, int64_t step, int64_t n) {
   using word = word_t<acc>;
-  if constexpr (K == 3) {
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-      // Values are read whether wanted or not: what follows is then free of branches.
-      acc a = values[p + step], b = values[p], c = values[p - step];
-      a = won[p + step] == -1 ? a : acc(0);
-      b = won[p] == 0 ? b : acc(0);
-      c = won[p - step] == 1 ? c : acc(0);
-      sum[p] = a + b + c;
-    }
-  } else {
-    std::fill_n(sum, n, acc(0));
-    for (word d = -radius; d <= radius; ++d) {
+  const auto loops = [](acc* __restrict sum, const word* __restrict won, const acc* __restrict values, int64_t radius,
+                        int64_t step, int64_t n) TEMPOPS_INLINE {
+    if constexpr (K == 3) {
       _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-        const acc a = values[p - d * step];
-        sum[p] += won[p - d * step] == d ? a : acc(0);
+        // Values are read whether wanted or not: what follows is then free of branches.
+        acc a = values[p + step], b = values[p], c = values[p - step];
+        a = won[p + step] == -1 ? a : acc(0);
+        b = won[p] == 0 ? b : acc(0);
+        c = won[p - step] == 1 ? c : acc(0);
+        sum[p] = a + b + c;
+      }
+    } else {
+      std::fill_n(sum, n, acc(0));
+      for (word d = -radius; d <= radius; ++d) {
+        _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+          const acc a = values[p - d * step];
+          sum[p] += won[p - d * step] == d ? a : acc(0);
+        }
       }
     }
-  }
+  };
+  run(loops, sum, won, values, radius, step, n);
 }
 
 // Its transpose: each of n windows takes the value of the element of its line that won it.
 template <class acc>
-TEMPOPS_INLINE inline void line_select(acc* __restrict taken, const word_t<acc>* __restrict won,
-                                       const acc* __restrict values, int64_t radius, int64_t step, int64_t n) {
+void line_select(acc* taken, const word_t<acc>* won, const acc* values, int64_t radius, int64_t step, int64_t n) {
   using word = word_t<acc>;
-  for (word d = -radius; d <= radius; ++d) {
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
-      const acc a = values[p + d * step], b = taken[p];
-      taken[p] = won[p] == d ? a : b;
+  const auto loops = [](acc* __restrict taken, const word* __restrict won, const acc* __restrict values, int64_t radius,
+                        int64_t step, int64_t n) TEMPOPS_INLINE {
+    for (word d = -radius; d <= radius; ++d) {
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {
+        const acc a = values[p + d * step], b = taken[p];
+        taken[p] = won[p] == d ? a : b;
+      }
     }
-  }
+  };
+  run(loops, taken, won, values, radius, step, n);
 }
 
 // A thread's buffers of a block's size, each with `radius` rows before and after it.
@@ -252,7 +266,7 @@ struct Buffers {
 
 // Fills the rows above, between and below the planes of a block.
 template <class element>
-void fill_outside(element* buffer, const Block& b, int64_t radius, element value) {
+TEMPOPS_INLINE inline void fill_outside(element* buffer, const Block& b, int64_t radius, element value) {
   const int64_t reach = radius * b.row;
   std::fill_n(buffer - reach, reach, value);
   for (int64_t end = b.at(b.hi); end <= b.until(b.hi); end += b.plane) std::fill_n(buffer + end, reach, value);
@@ -297,7 +311,7 @@ template <class scalar, int K>
 void enhance(const Clip& y, const Clip& x, int64_t radius) {
   using acc = acc_t<scalar>;
   using word = word_t<acc>;
-  const Tiling tiling(x, radius);
+  const Tiling tiling(x, radius, kPlanarOfFew);
   const Frames<scalar> frames_x(x), frames_y(y);
   const bool past_caches = passes_caches({&x, &y});
   parallel(tiling.count(x), tiling.work(x), [=](int64_t first_item, int64_t last_item) TEMPOPS_INLINE {
@@ -312,8 +326,7 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
       fill_outside(along_row, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), writer.streams, b, first, last,
-                    [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), writer.streams, b, first, last, ToKey());
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, false, word>(along_row + p, nullptr, keys + p, columns, radius, b.along, n);
         };
@@ -324,22 +337,25 @@ void enhance(const Clip& y, const Clip& x, int64_t radius) {
           }
           const scalar* past = frames_x(b.n, t - 1);
           scalar* frame = frames_y(b.n, t - 1);
-          each_run(x, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
-            const auto part = [=](scalar* __restrict dst, int64_t begin, int64_t n) TEMPOPS_INLINE {
-              const scalar* __restrict src = past + from + begin;
-              const word* __restrict maximum = best + at + begin, * __restrict here = along_row + at + begin;
-              const word *above = here - b.row, *below = here + b.row;
-              each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE {
-                word key;
-                if constexpr (K == 3)
-                  key = std::max(std::max(above[i], here[i]), below[i]);
-                else
-                  key = maximum[i];
-                dst[i] = store<scalar>(from_key<acc>(key) - load(src[i]));
-              });
-            };
-            writer.chosen([&](auto streams)
-                              TEMPOPS_INLINE { writer.template write<streams()>(frame + to, count, part); });
+          run([&]() TEMPOPS_INLINE {
+            each_run(x, y, b, first, last,
+                     [=, &writer](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
+              const auto part = [=, row = b.row](scalar* __restrict dst, int64_t begin, int64_t n) TEMPOPS_INLINE {
+                const scalar* __restrict src = past + from + begin;
+                const word* __restrict maximum = best + at + begin, * __restrict here = along_row + at + begin;
+                const word *above = here - row, *below = here + row;
+                each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE {
+                  word key;
+                  if constexpr (K == 3)
+                    key = std::max(std::max(above[i], here[i]), below[i]);
+                  else
+                    key = maximum[i];
+                  dst[i] = store<scalar>(from_key<acc>(key) - load(src[i]));
+                });
+              };
+              writer.chosen([&](auto streams)
+                                TEMPOPS_INLINE { writer.template write<streams()>(frame + to, count, part); });
+            });
           });
         };
         pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});
@@ -380,11 +396,15 @@ TEMPOPS_INLINE inline bool has_nan(const acc* from, int64_t count) {
 
 // The same of all that a block reads of a frame.
 template <class acc>
-TEMPOPS_INLINE inline bool has_nan(const acc* frame, const Clip& x, const StripBlock& b) {
+bool has_nan(const acc* frame, const Clip& x, const StripBlock& b) {
   const int64_t first = std::max<int64_t>(0, b.begin - 1) * x.W, last = std::min(x.H, b.end + 1) * x.W;
-  if (b.channels == x.sp) return has_nan(frame + first * x.sp, (last - first) * x.sp);
   bool found = false;
-  for (int64_t p = first; p < last; ++p) found |= has_nan(frame + p * x.sp, b.channels);
+  run([&]() TEMPOPS_INLINE {
+    if (b.channels == x.sp)
+      found = has_nan(frame + first * x.sp, (last - first) * x.sp);
+    else
+      for (int64_t p = first; p < last; ++p) found |= has_nan(frame + p * x.sp, b.channels);
+  });
   return found;
 }
 
@@ -431,30 +451,34 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
         const scalar* frame = frames_x(b.n, t) + b.c;
         const Enhanced<scalar> enhanced{frames_y(b.n, t - 1) + b.c, frames_x(b.n, t - 1) + b.c, y.sp, x.sp};
         // Writes row i, whose maxima lie in `row`.
-        const auto write = [&](int64_t i, const auto* row) TEMPOPS_INLINE {
-          writer.chosen([&](auto streams) TEMPOPS_INLINE {
-            for (int64_t j = 0; j < x.W; ++j) {
-              const Enhanced<scalar> pixel = enhanced.at(i * x.W + j);
-              const auto part = [=](scalar* to, int64_t begin, int64_t count) TEMPOPS_INLINE {
-                const Enhanced<scalar> put{to, pixel.past + begin, 0, 0};
-                const auto* __restrict maximum = row + j * pitch + begin;
-                const auto fetch = [=](int64_t c) TEMPOPS_INLINE {
-                  __builtin_prefetch(put.past + c + soon);
-                  fetch_to_write(put.y + c);
+        const auto write = [&](int64_t i, const auto* row) {
+          run([&]() TEMPOPS_INLINE {
+            writer.chosen([&](auto streams) TEMPOPS_INLINE {
+              for (int64_t j = 0; j < x.W; ++j) {
+                const Enhanced<scalar> pixel = enhanced.at(i * x.W + j);
+                const auto part = [=](scalar* to, int64_t begin, int64_t count) TEMPOPS_INLINE {
+                  const Enhanced<scalar> put{to, pixel.past + begin, 0, 0};
+                  const auto* __restrict maximum = row + j * pitch + begin;
+                  const auto fetch = [=](int64_t c) TEMPOPS_INLINE {
+                    __builtin_prefetch(put.past + c + soon);
+                    fetch_to_write(put.y + c);
+                  };
+                  each<lanes_of<scalar>>(count, fetch, [=](int64_t c) TEMPOPS_INLINE { put(0, c, maximum[c]); });
                 };
-                each<lanes_of<scalar>>(count, fetch, [=](int64_t c) TEMPOPS_INLINE { put(0, c, maximum[c]); });
-              };
-              writer.template write<streams()>(pixel.y, b.channels, part);
-            }
+                writer.template write<streams()>(pixel.y, b.channels, part);
+              }
+            });
           });
         };
         if constexpr (in_place) {
           if (!has_nan(frame, x, b)) {
             for (int64_t i = b.begin; i < b.end; ++i) {
-              const auto put_maxima = [&](const auto& put) TEMPOPS_INLINE {
-                together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-                  const AroundInFrame<n(), acc> around(x, frame, outside.data(), i, j);
-                  square_maxima<n(), acc>(around, b.channels, put.at(j));
+              const auto put_maxima = [&](const auto& put) {
+                run([&]() TEMPOPS_INLINE {
+                  together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+                    const AroundInFrame<n(), acc> around(x, frame, outside.data(), i, j);
+                    square_maxima<n(), acc>(around, b.channels, put.at(j));
+                  });
                 });
               };
               if (page_pixels) {
@@ -471,23 +495,42 @@ void enhance_channels_last(const Clip& y, const Clip& x) {
           keys.emplace(x, strips, kOutside<word>);
           best_keys.resize(x.W * pitch);
         }
-        const auto fill = [&](int64_t i) TEMPOPS_INLINE {
-          keys->template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
-            return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return to_key(load(from[c])); };
+        const auto fill = [&](int64_t i) {
+          run([&]() TEMPOPS_INLINE {
+            keys->template fill<lanes_of<scalar>>(b, i, x.H, [&](int64_t p) TEMPOPS_INLINE {
+              return [from = frame + p * x.sp](int64_t c) TEMPOPS_INLINE { return ToKey()(load(from[c])); };
+            });
           });
         };
         fill(b.begin - 1);
         fill(b.begin);
         for (int64_t i = b.begin; i < b.end; ++i) {
           fill(i + 1);
-          together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
-            const Kept<word> kept{best_keys.data() + j * pitch, pitch};
-            square_maxima<n(), word>(AroundInStrip<word>(*keys, b, i, j), b.channels, kept);
+          run([&]() TEMPOPS_INLINE {
+            together(x.W, [&](auto n, int64_t j) TEMPOPS_INLINE {
+              const Kept<word> kept{best_keys.data() + j * pitch, pitch};
+              square_maxima<n(), word>(AroundInStrip<word>(*keys, b, i, j), b.channels, kept);
+            });
           });
           write(i, best_keys.data());
         }
       }
     }
+  });
+}
+
+// Rows [first, last) of a frame of y = added - taken, two buffers.
+template <class scalar>
+void write_difference(const Clip& y, scalar* frame, const Block& b, int64_t first, int64_t last,
+                      const acc_t<scalar>* added, const acc_t<scalar>* taken, Writer<scalar>& writer) {
+  run([&]() TEMPOPS_INLINE {
+    each_run(y, y, b, first, last, [=, &writer](int64_t to, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
+      const auto part = [=](scalar* __restrict dst, int64_t begin, int64_t n) TEMPOPS_INLINE {
+        const acc_t<scalar>* __restrict from = added + at + begin, * __restrict less = taken + at + begin;
+        each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(from[i] - less[i]); });
+      };
+      writer.chosen([&](auto streams) TEMPOPS_INLINE { writer.template write<streams()>(frame + to, count, part); });
+    });
   });
 }
 
@@ -518,8 +561,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
         const bool pooled = t > 0, subtracted = t + 1 < x.T;
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
           if (!pooled) return;
-          load_rows(keys, x, frames_x(b.n, t), dx, frames_dx(b.n, t), writer.streams, b, first, last,
-                    [](acc v) TEMPOPS_INLINE { return to_key(v); });
+          load_rows(keys, x, frames_x(b.n, t), dx, frames_dx(b.n, t), writer.streams, b, first, last, ToKey());
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<K, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
         };
@@ -527,7 +569,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
           const int64_t p = b.at(first), n = b.until(last) - p;
           if (subtracted)
             load_rows(here, dy, frames_dy(b.n, t), dx, frames_dx(b.n, t), writer.streams, b, first, last,
-                      [](acc v) TEMPOPS_INLINE { return v; });
+                      std::identity());
           if (!pooled) return;
           line_maximum<K, false, true>(best + p, won_row + p, along_row + p, Rows<word>{}, radius, b.row, n);
         };
@@ -537,15 +579,7 @@ void enhance_backward(const Clip& dx, const Clip& dy, const Clip& x, int64_t rad
             line_sum<K>(column_sum + p, won_row + p, before + p, radius, b.row, n);
             line_sum<K>(sum + p, won_column + p, column_sum + p, radius, b.along, n);
           }
-          scalar* frame = frames_dx(b.n, t);
-          each_run(dx, dx, b, first, last, [&](int64_t to, int64_t, int64_t at, int64_t count) TEMPOPS_INLINE {
-            const auto part = [=](scalar* __restrict dst, int64_t begin, int64_t n) TEMPOPS_INLINE {
-              const acc* __restrict added = sum + at + begin, * __restrict taken = here + at + begin;
-              each<lanes_of<scalar>>(n, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(added[i] - taken[i]); });
-            };
-            writer.chosen([&](auto streams)
-                              TEMPOPS_INLINE { writer.template write<streams()>(frame + to, count, part); });
-          });
+          write_difference(dx, frames_dx(b.n, t), b, first, last, sum, here, writer);
         };
         if (!pooled) std::fill_n(sum, b.until(b.hi), acc(0));
         if (!subtracted) std::fill_n(here, b.until(b.hi), acc(0));
@@ -575,10 +609,8 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
       for (word* buffer : {keys, along_row}) fill_outside(buffer, b, radius, kOutside<word>);
       for (int64_t t = 1; t < x.T; ++t) {
         const auto row_stage = [&](int64_t first, int64_t last) TEMPOPS_INLINE {
-          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), false, b, first, last,
-                    [](acc v) TEMPOPS_INLINE { return to_key(v); });
-          load_rows(here, other, frames_other(b.n, t), y, frames_y(b.n, t - 1), false, b, first, last,
-                    [](acc v) TEMPOPS_INLINE { return v; });
+          load_rows(keys, x, frames_x(b.n, t), y, frames_y(b.n, t - 1), false, b, first, last, ToKey());
+          load_rows(here, other, frames_other(b.n, t), y, frames_y(b.n, t - 1), false, b, first, last, std::identity());
           const int64_t p = b.at(first), n = b.until(last) - p;
           line_maximum<0, true, true>(along_row + p, won_column + p, keys + p, columns, radius, b.along, n);
           line_select(from_row + p, won_column + p, here + p, radius, b.along, n);
@@ -589,12 +621,14 @@ void enhance_gather(const Clip& y, const Clip& other, const Clip& x, int64_t rad
           line_select(from_column + p, won_row + p, from_row + p, radius, b.row, n);
           const scalar* past = frames_other(b.n, t - 1);
           scalar* frame = frames_y(b.n, t - 1);
-          each_run(other, y, b, first, last, [&](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
-            const scalar* __restrict src = past + from;
-            const acc* __restrict taken = from_column + at;
-            scalar* __restrict dst = frame + to;
-            each<lanes_of<scalar>>(count,
-                                   [&](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(taken[i] - load(src[i])); });
+          run([&]() TEMPOPS_INLINE {
+            each_run(other, y, b, first, last, [=](int64_t from, int64_t to, int64_t at, int64_t count) TEMPOPS_INLINE {
+              const scalar* __restrict src = past + from;
+              const acc* __restrict taken = from_column + at;
+              scalar* __restrict dst = frame + to;
+              each<lanes_of<scalar>>(
+                  count, [=](int64_t i) TEMPOPS_INLINE { dst[i] = store<scalar>(taken[i] - load(src[i])); });
+            });
           });
         };
         pipeline(b, radius, 0, tiling.band, row_stage, column_stage, [](int64_t, int64_t) TEMPOPS_INLINE {});

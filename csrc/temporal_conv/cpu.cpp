@@ -275,15 +275,20 @@ struct Window {
       next = following.at<scalar>(from, following_clip, std::min(s - from.T, from.T - 1));
   }
 
-  TEMPOPS_INLINE void combine_into(const Rows<scalar>& out, Writer<scalar>& writer) {
+  void combine_into(const Rows<scalar>& out, Writer<scalar>& writer) {
     if (count <= kMostTaps) {
-      with_taps(count, [&](auto taps) TEMPOPS_INLINE {
-        writer.chosen([&](auto streams) TEMPOPS_INLINE {
-          combine<streams()>(taps, tile, out, x.data(), next, pitch, a.data(), writer);
+      with_taps(count, [&](auto taps) {
+        run([&]() TEMPOPS_INLINE {
+          writer.chosen([&](auto streams) TEMPOPS_INLINE {
+            combine<streams()>(taps, tile, out, x.data(), next, pitch, a.data(), writer);
+          });
         });
       });
       return;
     }
+    run([&]() TEMPOPS_INLINE { combine_many(out); });
+  }
+  TEMPOPS_INLINE void combine_many(const Rows<scalar>& out) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       std::fill(row.begin(), row.end(), acc(0));
       for (int64_t m = 0; m < count; ++m) {
@@ -297,14 +302,14 @@ struct Window {
   }
 
   // q[k], of tile.coefficients() values, += the products with the frame that tap k of the kernel leads to.
-  TEMPOPS_INLINE void products_into(std::vector<acc*>& q, const Rows<scalar>& here, const scalar* soon) const {
+  void products_into(std::vector<acc*>& q, const Rows<scalar>& here, const scalar* soon) const {
     for (int64_t m = 0; m < count; m += 3) {
       const auto sums = [&](int64_t i) TEMPOPS_INLINE { return q[w.K - 1 - first - std::min(m + i, count - 1)]; };
       acc* const into[] = {sums(0), sums(1), sums(2)};
       switch (count - m) {
-        case 1: products<1>(tile, here, soon, &x[m], pitch, into); break;
-        case 2: products<2>(tile, here, soon, &x[m], pitch, into); break;
-        default: products<3>(tile, here, soon, &x[m], pitch, into);
+        case 1: run([&]() TEMPOPS_INLINE { products<1>(tile, here, soon, &x[m], pitch, into); }); break;
+        case 2: run([&]() TEMPOPS_INLINE { products<2>(tile, here, soon, &x[m], pitch, into); }); break;
+        default: run([&]() TEMPOPS_INLINE { products<3>(tile, here, soon, &x[m], pitch, into); });
       }
     }
   }
