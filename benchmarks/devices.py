@@ -36,6 +36,7 @@ class Cpu:
 
     SECONDS = 0.03  # of timed calls in a turn
     ROUNDS = (2, 33)  # at least, at most
+    SLOW = 0.1  # seconds of a call of which there is one in a turn
 
     def tested(self, op: str) -> tuple[str, ...]:
         """The back ends that run an op here."""
@@ -60,7 +61,8 @@ class Cpu:
         with prepared.chosen():
             call()  # compiles, or touches memory for the first time
             once = clocked(call)
-        return min(max(math.ceil(self.SECONDS / once), self.ROUNDS[0]), self.ROUNDS[1])
+        least, most = self.ROUNDS if once < self.SLOW else (1, 1)
+        return min(max(math.ceil(self.SECONDS / once), least), most)
 
     def synchronize(self) -> None:
         """Waits for the device, and raises what has gone wrong on it."""

@@ -49,9 +49,8 @@ def measured(
 
 def prepare(implementations: tuple[str, ...], device: Cpu, name: str, direction: str, size: int) -> dict[str, Prepared]:
     """One model on every implementation."""
-    torch.manual_seed(0)
+    model = network(device, name).train(direction == "training")
     with torch.device(device.type):
-        model = create_model(name, CLASSES).train(direction == "training").to(memory_format=torch.channels_last)
         t = model.n_segment
         frames = [(t, 15), (2 * t, 12)] if name == "menet" else [(t, model.in_channels)]
         x = [torch.randn(1, segments, channels, size, size) for segments, channels in frames]
@@ -72,3 +71,11 @@ def prepare(implementations: tuple[str, ...], device: Cpu, name: str, direction:
 
     call = {"forward": forward, "training": training}[direction]
     return {each: Prepared("eager" if each == "eager" else None, [call]) for each in implementations}
+
+
+@functools.lru_cache(maxsize=1)
+def network(device: Cpu, name: str) -> torch.nn.Module:
+    """The model, for both directions."""
+    torch.manual_seed(0)
+    with torch.device(device.type):
+        return create_model(name, CLASSES).to(memory_format=torch.channels_last)
