@@ -34,7 +34,7 @@ class Cpu:
     in_turns = True  # whether all that is compared at a point is timed together
     note = "Medians, all memory warm."
 
-    SECONDS = 0.03  # of timed calls in a turn
+    SECONDS = 0.025  # of timed calls in a turn
     ROUNDS = (2, 33)  # at least, at most
     SLOW = 0.1  # seconds of a call of which there is one in a turn
 

@@ -205,7 +205,7 @@ void difference_planar(const Clip& forward, const Clip& backward, const Clip& x,
             }
           });
         };
-        past<t && future> t ? write(std::true_type()) : write(std::false_type());
+        t > 0 && t + 1 < x.T ? write(std::true_type()) : write(std::false_type());
       }
     }
   });
@@ -493,7 +493,7 @@ void backward_planar(const Clip* dx, double* partials, int64_t groups, const Cli
           const auto gradients = [&](int64_t c) TEMPOPS_INLINE {
             return Gradients<scalar>(frames_forward, frames_backward, x.T, b.n, t, c * forward.sc, c * backward.sc);
           };
-          const Gradients<scalar> any = gradients(b.c);  // all have the same of them
+          const Gradients<scalar> any = gradients(b.c);  // all channels have the same ones
           with_sum(any.product_past, any.product_future, [&](auto sum) {
             run([&]() TEMPOPS_INLINE {
               for (int64_t c = b.c; c < b.c + b.channels; ++c) {
