@@ -170,8 +170,8 @@ def compiled_ahead(request: pytest.FixtureRequest, bar) -> None:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
         compiled = [pool.submit(compile_ahead, point) for point in points]
-        activations()  # of the measurements, while one process after the other asks the compiler what it can do
         try:
+            activations()  # of the measurements, while one process after the other asks the compiler what it can do
             for done, future in enumerate(concurrent.futures.as_completed(compiled)):
                 bar.say(f"torch.compile, {done + 1} of {len(points)}")
                 if error := future.exception():
