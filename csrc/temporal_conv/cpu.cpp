@@ -288,6 +288,7 @@ struct Window {
     }
     run([&]() TEMPOPS_INLINE { combine_many(out); });
   }
+  // The same with more taps than are combined in one pass.
   TEMPOPS_INLINE void combine_many(const Rows<scalar>& out) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       std::fill(row.begin(), row.end(), acc(0));
